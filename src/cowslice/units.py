@@ -1,0 +1,58 @@
+"""Bytes, sizes that people write, and the three roundings that everybody needs.
+
+Suffixes are powers of 1024, as in qemu-img: `b` (ignored), `k`, `M`, `G`, `T`, `P`, `E`.
+"""
+
+from __future__ import annotations
+
+import re
+
+from cowslice.errors import BadOption
+
+KiB = 1 << 10
+MiB = 1 << 20
+GiB = 1 << 30
+TiB = 1 << 40
+SECTOR = 512
+
+_SUFFIXES = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
+_SIZE = re.compile(r"\s*(\d+)(\.\d+)?\s*([bkmgtpe]?)(?:i?b)?\s*", re.IGNORECASE)
+_NAMES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+
+
+def div_ceil(n: int, d: int) -> int:
+    return -(-n // d)
+
+
+def round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+def is_power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+def parse_size(text: str | int, name: str = "size") -> int:
+    """Bytes of "64k", "1.5G", "10 MiB" or 4096. Raises BadOption that names `name`."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        if text < 0:
+            raise BadOption(f"{name} is {text}, expected a size of zero or more bytes")
+        return text
+    match = _SIZE.fullmatch(str(text))
+    if not match:
+        raise BadOption(f"{name} is '{text}', expected a size such as 65536, 64k, 1.5G or 2T")
+    whole, fraction, suffix = match.groups()
+    scale = 1 << _SUFFIXES[suffix.lower()]
+    size = int(whole) * scale + (int(float(fraction) * scale) if fraction else 0)
+    if size >= 1 << 63:
+        raise BadOption(f"{name} is '{text}', expected less than 8 EiB")
+    return size
+
+
+def format_size(size: int) -> str:
+    """A size people can read: 65536 -> '64 KiB', 1610612736 -> '1.5 GiB'."""
+    if size < 1024:
+        return f"{size} B"
+    power = min((size.bit_length() - 1) // 10, len(_NAMES) - 1)
+    return f"{size / (1 << 10 * power):.3g} {_NAMES[power]}" if size < 1000 << 10 * power else \
+        f"{size >> 10 * power} {_NAMES[power]}"
