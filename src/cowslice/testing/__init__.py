@@ -1,0 +1,1 @@
+"""What people who write a storage, a policy or a device need to prove it. Only tests import it."""
