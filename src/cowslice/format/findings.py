@@ -27,7 +27,7 @@ class Fault(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One fact. `offset` is the place of the field in the host file in bytes, or -1; `features` only for UNSUPPORTED."""
+    """One fact. `offset` is the field's place in the host file in bytes, or -1; `features` only for UNSUPPORTED."""
 
     fault: Fault
     message: str

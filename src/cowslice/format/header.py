@@ -82,6 +82,7 @@ class CompressionType(IntEnum):
     ZSTD = 1
 
 
+_NO_INCOMPATIBLE, _NO_COMPATIBLE, _NO_AUTOCLEAR = Incompatible(0), Compatible(0), Autoclear(0)
 KNOWN_INCOMPATIBLE = sum(Incompatible)
 KNOWN_COMPATIBLE = sum(Compatible)
 KNOWN_AUTOCLEAR = sum(Autoclear)
@@ -107,9 +108,9 @@ class Header:
     refcount_table_clusters: int = 0
     snapshot_count: int = 0
     snapshots_offset: int = 0
-    incompatible: Incompatible = Incompatible(0)
-    compatible: Compatible = Compatible(0)
-    autoclear: Autoclear = Autoclear(0)
+    incompatible: Incompatible = _NO_INCOMPATIBLE
+    compatible: Compatible = _NO_COMPATIBLE
+    autoclear: Autoclear = _NO_AUTOCLEAR
     refcount_order: int = REFCOUNT_ORDER_V2
     header_length: int = HEADER_LENGTH_WRITTEN
     compression_type: int = CompressionType.DEFLATE
@@ -229,7 +230,7 @@ def _check_shape(header: Header) -> None:
         return
     tail = header.header_length - COMPRESSION_TYPE_OFFSET - 1
     if len(header.tail) != max(tail, 0) or header.header_length < HEADER_LENGTH_V3:
-        raise BadOption(f"header_length is {header.header_length}, which does not fit a tail of {len(header.tail)} bytes")
+        raise BadOption(f"header_length is {header.header_length}, which does not fit {len(header.tail)} bytes of tail")
     if not 0 <= header.compression_type <= (255 if tail >= 0 else 0):
         raise BadOption(f"compression_type is {header.compression_type}, which has no room in the header")
 
@@ -294,7 +295,8 @@ def _feature_findings(header: Header, names: Mapping[tuple[int, int], str]) -> I
 
 def _width_findings(header: Header) -> Iterator[Finding]:
     if header.refcount_order > MAX_REFCOUNT_ORDER:
-        yield _broken("refcount_order", f"refcount_order is {header.refcount_order}, expected 0 to {MAX_REFCOUNT_ORDER}")
+        order = header.refcount_order
+        yield _broken("refcount_order", f"refcount_order is {order}, expected 0 to {MAX_REFCOUNT_ORDER}")
     if header.crypt_method > max(CryptMethod):
         yield _broken("crypt_method", f"crypt_method is {header.crypt_method}, expected 0 (none), 1 (AES) or 2 (LUKS)",
                       Fault.UNSUPPORTED)  # fmt: skip
@@ -308,7 +310,8 @@ def _table_findings(header: Header) -> Iterator[Finding]:
         yield _broken("refcount_table_clusters", "refcount_table_clusters is 0, expected at least 1")
     if clusters > limit:
         yield _broken("refcount_table_clusters", f"refcount_table_clusters is {clusters}, expected at most {limit}")
-    yield from _placed(geometry, "refcount_table_offset", header.refcount_table_offset, clusters << geometry.cluster_bits)
+    length = clusters << geometry.cluster_bits
+    yield from _placed(geometry, "refcount_table_offset", header.refcount_table_offset, length)
     if header.snapshot_count > MAX_SNAPSHOTS:
         yield _broken("snapshot_count", f"snapshot_count is {header.snapshot_count}, expected at most {MAX_SNAPSHOTS}")
     # A record has 40 bytes and more, so this is the least the table takes.

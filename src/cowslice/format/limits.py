@@ -30,7 +30,7 @@ HEADER_LENGTH_WRITTEN: Final = 112
 MAX_REFCOUNT_ORDER: Final = 6
 REFCOUNT_ORDER_V2: Final = 4
 
-# Names. The backing name shares the first cluster and a 1024-byte buffer (spec); a format name fits 16 with its end (QEMU).
+# Names. The backing name has at most 1023 bytes (spec); a format name fits 16 bytes with its terminator (QEMU).
 MAX_BACKING_NAME: Final = 1023
 MAX_BACKING_FORMAT: Final = 15
 FEATURE_NAME_LENGTH: Final = 46
@@ -55,8 +55,8 @@ MAX_BITMAP_BYTES: Final = 512 * MiB
 MIN_BITMAP_GRANULARITY_BITS: Final = 9
 MAX_BITMAP_GRANULARITY_BITS: Final = 31
 
-# A LUKS1 header with eight slots of 64-byte keys and 4000 stripes takes 2 MiB. Eight times that is generous (ours: it is
-# read whole before anything of it can be trusted).
+# A LUKS1 header with eight slots of 64-byte keys and 4000 stripes takes 2 MiB. Eight times that is generous (ours: it
+# is read whole before anything of it can be trusted).
 MAX_CRYPTO_HEADER_BYTES: Final = 16 * MiB
 
 # Untrusted text is cut to this many characters when it is quoted in a message (ours: a message is one line).
