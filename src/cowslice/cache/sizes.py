@@ -150,4 +150,5 @@ def _refcount_sentence(wish: _Wish, refcount: int, least: int) -> str:
     if wish.refcount is not None:
         return f"refcount-cache-size is {format_size(refcount)}, {expected}"
     assert wish.total is not None
-    return f"cache-size is {format_size(wish.total)}, which leaves {format_size(refcount)} for refcount blocks, {expected}"
+    return (f"cache-size is {format_size(wish.total)}, "
+            f"which leaves {format_size(refcount)} for refcount blocks, {expected}")
