@@ -1,7 +1,7 @@
 """L1 and L2 entries: packed words and what they mean (spec: "L1 table", "L2 table", "Extended L2 Entries").
 
 It does not know where the words were read: a caller that does passes `at`, the host offset of the entry, for messages.
-Reserved bits do not change a meaning (QEMU reads past them, so do we); `l1_reserved` and `l2_reserved` show them to a check.
+Reserved bits do not change a meaning, as for QEMU; `l1_reserved` and `l2_reserved` show them to a check.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def encode_zero(host_offset: int = 0, *, copied: bool = False) -> int:
 
 
 def encode_compressed(host_offset: int, length: int, cluster_bits: int) -> int:
-    """The L2 entry of a compressed stream of `length` bytes at any host offset. Raises InternalError when it cannot be."""
+    """The L2 entry of a compressed stream of `length` bytes at any host offset. Raises InternalError if none can be."""
     x = 70 - cluster_bits
     if length < 1 or not 0 <= host_offset < 1 << min(x, 56):
         raise InternalError(f"a compressed cluster cannot lie at {host_offset:#x} with {length} bytes")

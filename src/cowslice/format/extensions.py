@@ -180,4 +180,34 @@ def feature_names(extensions: Sequence[Extension]) -> Mapping[tuple[int, int], s
     extension = last_of(extensions, ExtensionType.FEATURE_NAMES)
     if extension is None:
         return {}
-    return {(row.kind, row.bit): escaped(row.name.split(b"\0", 1)[0]) for row in decode_feature_names(extension.payload)}
+    rows = decode_feature_names(extension.payload)
+    return {(row.kind, row.bit): escaped(row.name.split(b"\0", 1)[0]) for row in rows}
+
+
+def with_extension(extensions: Sequence[Extension], kind: int, payload: bytes | None) -> tuple[Extension, ...]:
+    """The same sequence with the one extension of a type set, or without any when `payload` is None.
+
+    The record keeps its place; a new one goes before the first that QEMU would write later.
+    """
+    place = next((i for i, extension in enumerate(extensions) if extension.type == kind), None)
+    if place is None:
+        later = _ORDER.get(kind, len(_ORDER))
+        ranks = (_ORDER.get(extension.type, len(_ORDER)) for extension in extensions)
+        place = next((i for i, rank in enumerate(ranks) if rank > later), len(extensions))
+    before = tuple(extension for extension in extensions[:place] if extension.type != kind)
+    after = tuple(extension for extension in extensions[place:] if extension.type != kind)
+    return before + (() if payload is None else (Extension(kind, payload),)) + after
+
+
+_ORDER = {
+    kind: rank
+    for rank, kind in enumerate(
+        (
+            ExtensionType.BACKING_FORMAT,
+            ExtensionType.DATA_FILE,
+            ExtensionType.CRYPTO,
+            ExtensionType.FEATURE_NAMES,
+            ExtensionType.BITMAPS,
+        )
+    )
+}

@@ -15,12 +15,13 @@ from cowslice.format.limits import MAX_QUOTED_TEXT
 
 
 class Fault(Enum):
-    """How bad a finding is. The first four stop an open; the last two do not."""
+    """How bad a finding is. The first four stop an open; UNSAFE only forbids writing; the last two forbid nothing."""
 
     NOT_AN_IMAGE = "not an image"
     MALFORMED = "malformed"
     UNSUPPORTED = "unsupported"
     CORRUPT = "corrupt"
+    UNSAFE = "unsafe to write"
     UNUSABLE = "unusable part"
     NOTE = "note"
 
@@ -39,7 +40,12 @@ class Finding:
     @property
     def fatal(self) -> bool:
         """Whether the image cannot be opened because of this."""
-        return self.fault not in (Fault.UNUSABLE, Fault.NOTE)
+        return self.fault not in (Fault.UNSAFE, Fault.UNUSABLE, Fault.NOTE)
+
+    @property
+    def forbids_writing(self) -> bool:
+        """Whether the image must not be changed because of this, except by a repair."""
+        return self.fatal or self.fault is Fault.UNSAFE
 
     def error(self) -> ImageError:
         """The exception that says the same."""

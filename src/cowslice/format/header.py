@@ -341,7 +341,7 @@ def _note_findings(header: Header) -> Iterator[Finding]:
     if header.is_dirty:
         yield _broken("incompatible", "the dirty bit is set: refcounts may be stale until repaired", Fault.NOTE)
     if header.is_corrupt:
-        yield _broken("incompatible", "the corrupt bit is set: the image may only be read or repaired", Fault.NOTE)
+        yield _broken("incompatible", "the corrupt bit is set: the image may only be read or repaired", Fault.UNSAFE)
     if header.autoclear & Autoclear.RAW_EXTERNAL and header.backing_file_offset:
         yield _broken("autoclear", "raw external data is set although there is a backing file", Fault.NOTE)
     if unknown := int(header.compatible) & ~KNOWN_COMPATIBLE:
