@@ -199,7 +199,7 @@ def with_extension(extensions: Sequence[Extension], kind: int, payload: bytes | 
     return before + (() if payload is None else (Extension(kind, payload),)) + after
 
 
-_ORDER = {
+_ORDER: dict[int, int] = {
     kind: rank
     for rank, kind in enumerate(
         (

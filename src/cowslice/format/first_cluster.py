@@ -151,7 +151,7 @@ def encode_first_cluster(first: FirstCluster) -> bytes:
     cluster_size = 1 << header.cluster_bits
     limit = header.backing_file_offset or cluster_size
     parts = encode_header(header) + encode_extensions(first.extensions, end_record=False)
-    if len(parts) > limit or limit + len(name) > cluster_size + (0 if name else limit):
+    if len(parts) > limit or limit + len(name) > cluster_size:
         raise BadOption(
             f"header, extensions and backing name need {len(parts) + len(name)} bytes, more than the {cluster_size} "
             "bytes of the first cluster"
@@ -231,31 +231,46 @@ def _bad_name(field: str, message: str) -> Finding:
 
 
 def _extension_findings(first: FirstCluster) -> Iterator[Finding]:
-    seen: set[int] = set()
-    for extension in first.extensions:
-        known = extension.type in _KNOWN
-        if known and extension.type in seen:
-            name = ExtensionType(extension.type).name
-            yield Finding(Fault.NOTE, f"extension {name} is there twice, the last one counts", WHERE, "type")
-        if not known:
-            yield Finding(Fault.NOTE, f"extension {extension.type:#010x} of {len(extension.payload)} bytes is unknown",
-                          WHERE, "type")  # fmt: skip
-        seen.add(extension.type)
     yield from _format_findings(first)
     yield from _crypto_findings(first)
     yield from _data_file_findings(first)
     yield from _bitmaps_findings(first)
+    yield from _type_findings(first)
 
 
 _KNOWN = frozenset(ExtensionType)
 
 
-def _format_findings(first: FirstCluster) -> Iterator[Finding]:
+def _type_findings(first: FirstCluster) -> Iterator[Finding]:
+    seen: set[int] = set()
+    offset = first.header.header_length
     for extension in first.extensions:
-        length = len(extension.payload)
-        if extension.type == ExtensionType.BACKING_FORMAT and length > MAX_BACKING_FORMAT:
-            message = f"backing format name has {length} bytes, expected at most {MAX_BACKING_FORMAT}"
-            yield Finding(Fault.MALFORMED, message, WHERE, "backing format")
+        if extension.type not in _KNOWN:
+            message = f"extension {extension.type:#010x} of {len(extension.payload)} bytes is unknown"
+            yield Finding(Fault.NOTE, message, WHERE, "type", offset)
+        elif extension.type in seen:
+            message = f"extension {ExtensionType(extension.type).name} is there twice, the last one counts"
+            yield Finding(Fault.NOTE, message, WHERE, "type", offset)
+        seen.add(extension.type)
+        offset += extension.encoded_length
+
+
+def _offset_of(first: FirstCluster, kind: ExtensionType) -> int:
+    """Host offset of the extension that counts, -1 when there is none."""
+    found, offset = -1, first.header.header_length
+    for extension in first.extensions:
+        if extension.type == kind:
+            found = offset
+        offset += extension.encoded_length
+    return found
+
+
+def _format_findings(first: FirstCluster) -> Iterator[Finding]:
+    extension = last_of(first.extensions, ExtensionType.BACKING_FORMAT)
+    if extension is not None and len(extension.payload) > MAX_BACKING_FORMAT:
+        message = f"backing format name has {len(extension.payload)} bytes, expected at most {MAX_BACKING_FORMAT}"
+        offset = _offset_of(first, ExtensionType.BACKING_FORMAT)
+        yield Finding(Fault.MALFORMED, message, WHERE, "backing format", offset)
 
 
 def _crypto_findings(first: FirstCluster) -> Iterator[Finding]:
@@ -279,13 +294,14 @@ def _crypto_findings(first: FirstCluster) -> Iterator[Finding]:
         message = f"encryption header at {pointer.offset:#x} ends beyond 2^63"
     else:
         return
-    yield Finding(Fault.MALFORMED, message, WHERE, "crypto")
+    yield Finding(Fault.MALFORMED, message, WHERE, "crypto", _offset_of(first, ExtensionType.CRYPTO))
 
 
 def _data_file_findings(first: FirstCluster) -> Iterator[Finding]:
     named = last_of(first.extensions, ExtensionType.DATA_FILE)
     if named is not None and not first.header.has_data_file:
-        yield Finding(Fault.NOTE, f"data file '{escaped(named.payload)}' is named but not used", WHERE, "data file")
+        message = f"data file '{escaped(named.payload)}' is named but not used"
+        yield Finding(Fault.NOTE, message, WHERE, "data file", _offset_of(first, ExtensionType.DATA_FILE))
     if first.header.has_data_file and not first.data_file_name:
         message = "guest data lies in an external file that the image does not name"
         yield Finding(Fault.NOTE, message, WHERE, "data file")
@@ -294,13 +310,14 @@ def _data_file_findings(first: FirstCluster) -> Iterator[Finding]:
 def _bitmaps_findings(first: FirstCluster) -> Iterator[Finding]:
     extension = last_of(first.extensions, ExtensionType.BITMAPS)
     current = bool(first.header.autoclear & Autoclear.BITMAPS)
+    offset = _offset_of(first, ExtensionType.BITMAPS)
     if extension is None:
         if current:
             yield Finding(Fault.NOTE, "autoclear bit 0 says bitmaps, but there is no such extension", WHERE, "bitmaps")
         return
     if not current:
         message = "bitmaps are ignored: a program that does not know them has written since"
-        yield Finding(Fault.UNUSABLE, message, WHERE, "bitmaps")
+        yield Finding(Fault.UNUSABLE, message, WHERE, "bitmaps", offset)
         return
     pointer = decode_bitmaps_pointer(extension.payload)
     if pointer is None:
@@ -308,7 +325,7 @@ def _bitmaps_findings(first: FirstCluster) -> Iterator[Finding]:
     else:
         fault = bitmaps_pointer_fault(pointer, first.header)
     if fault:
-        yield Finding(Fault.UNUSABLE, f"bitmaps are unusable: {fault}", WHERE, "bitmaps")
+        yield Finding(Fault.UNUSABLE, f"bitmaps are unusable: {fault}", WHERE, "bitmaps", offset)
 
 
 def _name_findings(first: FirstCluster) -> Iterator[Finding]:
