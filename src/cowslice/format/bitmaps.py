@@ -190,24 +190,39 @@ def dirty_ranges(data: bytes, first_bit: int, granularity: int, size: int) -> It
 
     `first_bit` is the number of the first bit of `data`; bits beyond the disk of `size` bytes are ignored.
     """
-    value = int.from_bytes(data, "little")
-    bit = 0
-    while value:
-        skip = (value & -value).bit_length() - 1
-        value >>= skip
-        bit += skip
-        run = (~value & (value + 1)).bit_length() - 1
-        start, end = (first_bit + bit) * granularity, (first_bit + bit + run) * granularity
-        if start < size:
-            yield start, min(end, size) - start
-        value >>= run
-        bit += run
+    start = end = 0
+    for first, last in _bit_runs(data):
+        if first > end:
+            yield from _dirty_range(first_bit + start, first_bit + end, granularity, size)
+            start = first
+        end = last
+    yield from _dirty_range(first_bit + start, first_bit + end, granularity, size)
+
+
+def _dirty_range(first: int, last: int, granularity: int, size: int) -> Iterator[tuple[int, int]]:
+    start, end = first * granularity, min(last * granularity, size)
+    if start < end:
+        yield start, end - start
+
+
+def _bit_runs(data: bytes) -> Iterator[tuple[int, int]]:
+    """(first, end) of the set bits, cut at 64-byte pieces: shifting one big number for each run would be quadratic."""
+    for base in range(0, len(data), 64):
+        value, bit = int.from_bytes(data[base : base + 64], "little"), base * 8
+        while value:
+            skip = (value & -value).bit_length() - 1
+            value >>= skip
+            run = (~value & (value + 1)).bit_length() - 1
+            value >>= run
+            yield bit + skip, bit + skip + run
+            bit += skip + run
 
 
 def _unpack_bitmap(data: bytes, offset: int) -> Bitmap | None:
     if offset + FIXED_LENGTH > len(data):
         return None
-    table_offset, table_size, flags, kind, granularity_bits, name_length, extra_length = _FIXED.unpack_from(data, offset)
+    fields = _FIXED.unpack_from(data, offset)
+    table_offset, table_size, flags, kind, granularity_bits, name_length, extra_length = fields
     extra_end = offset + FIXED_LENGTH + extra_length
     if extra_end + name_length > len(data):
         return None

@@ -88,7 +88,7 @@ def decode_snapshot_table(data: bytes, count: int, *, at: int = 0) -> tuple[Snap
 def unpack_snapshots(data: bytes, count: int, *, at: int = 0) -> tuple[tuple[Snapshot, ...], int, list[Finding]]:
     """Decode the whole records at the start of `data`, up to `count`: (records, bytes used, findings). Never raises.
 
-    Fewer records without a finding mean that `data` ends too soon: read more and call again with what was not used.
+    Fewer records without a finding mean that `data` ends too soon: read more and call again from the first record.
     """
     found: list[Snapshot] = []
     findings: list[Finding] = []
