@@ -137,7 +137,7 @@ class FileStorage(Storage):
 
     def sync(self) -> None:
         try:
-            os.fdatasync(self._fd)
+            os.fdatasync(self.fileno())
         except OSError as error:
             raise self._fault(error, "sync") from error
 

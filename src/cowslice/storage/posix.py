@@ -5,12 +5,12 @@ It does not know storages: it gets descriptors and raises OSError like `os`.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import functools
 import os
 import struct
+from collections.abc import Callable
 
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 0x01, 0x02, 0x10  # FALLOC_FL_*
 _BLKSSZGET = 0x1268
@@ -36,9 +36,8 @@ def pwrite_all(descriptor: int, data: memoryview, offset: int) -> None:
 
 def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
     """Change how the span is allocated. Raises OSError; EOPNOTSUPP where the file system cannot."""
-    libc = _libc()
-    while libc.fallocate64(descriptor, mode, offset, length) != 0:
-        code = ctypes.get_errno()
+    call = _fallocate_call()
+    while code := call(descriptor, mode, offset, length):
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))
 
@@ -50,7 +49,14 @@ def logical_block_size(descriptor: int) -> int:
 
 
 @functools.cache
-def _libc() -> ctypes.CDLL:
+def _fallocate_call() -> Callable[[int, int, int, int], int]:
+    """Return fallocate(2) as a function of (descriptor, mode, offset, length) that gives 0 or the errno."""
+    import ctypes  # only who writes pays for it
+
     libc = ctypes.CDLL(None, use_errno=True)
     libc.fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    return libc
+
+    def call(descriptor: int, mode: int, offset: int, length: int) -> int:
+        return ctypes.get_errno() if libc.fallocate64(descriptor, mode, offset, length) else 0
+
+    return call
