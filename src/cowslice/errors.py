@@ -6,7 +6,9 @@ A message always names the offending value, what was expected, and where.
 
 from __future__ import annotations
 
+import errno as codes
 import os
+from typing import Any
 
 
 class CowsliceError(Exception):
@@ -47,7 +49,7 @@ class UnsupportedImage(ImageError):
 
 
 class CorruptImage(ImageError):
-    """A table contradicts itself. `structure` names the table, `offset` is its place in the host file in bytes, or -1."""
+    """A table contradicts itself. `structure` names the table, `offset` is its place in the file in bytes, or -1."""
 
     def __init__(self, message: str, *, structure: str = "", offset: int = -1, hint: str = "") -> None:
         super().__init__(message, hint=hint)
@@ -90,6 +92,10 @@ class StorageError(CowsliceError, OSError):
     def __str__(self) -> str:
         return str(self.args[0])
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Keep what an OSError keeps outside its dictionary when the error travels to another process."""
+        return type(self), self.args, {**self.__dict__, "errno": self.errno, "filename": self.filename}
+
     @classmethod
     def of(cls, error: OSError, doing: str, name: str) -> StorageError:
         """Translate an OSError met while `doing` something to the storage called `name`."""
@@ -130,4 +136,4 @@ class InternalError(CowsliceError):
     """Our own fault: please report it."""
 
 
-_BY_ERRNO: dict[int, type[StorageError]] = {28: NoSpace, 122: NoSpace}
+_BY_ERRNO: dict[int, type[StorageError]] = {codes.ENOSPC: NoSpace, codes.EDQUOT: NoSpace}

@@ -15,8 +15,9 @@ GiB = 1 << 30
 TiB = 1 << 40
 SECTOR = 512
 
-_SUFFIXES = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
-_SIZE = re.compile(r"\s*(\d+)(\.\d+)?\s*([bkmgtpe]?)(?:i?b)?\s*", re.IGNORECASE)
+_SUFFIXES = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
+# No size has more than 19 digits; a longer number is not worth the time that reading it takes.
+_SIZE = re.compile(r"\s*(\d{1,19})(\.\d{1,19})?\s*(?:([kmgtpe])(?:i?b)?|b)?\s*", re.IGNORECASE | re.ASCII)
 _NAMES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
@@ -35,24 +36,30 @@ def is_power_of_two(n: int) -> bool:
 def parse_size(text: str | int, name: str = "size") -> int:
     """Bytes of "64k", "1.5G", "10 MiB" or 4096. Raises BadOption that names `name`."""
     if isinstance(text, int) and not isinstance(text, bool):
-        if text < 0:
-            raise BadOption(f"{name} is {text}, expected a size of zero or more bytes")
-        return text
-    match = _SIZE.fullmatch(str(text))
-    if not match:
-        raise BadOption(f"{name} is '{text}', expected a size such as 65536, 64k, 1.5G or 2T")
-    whole, fraction, suffix = match.groups()
-    scale = 1 << _SUFFIXES[suffix.lower()]
-    size = int(whole) * scale + (int(float(fraction) * scale) if fraction else 0)
+        size = text
+    else:
+        size = _size_of_words(str(text), name)
+    if size < 0:
+        raise BadOption(f"{name} is {size}, expected a size of zero or more bytes")
     if size >= 1 << 63:
         raise BadOption(f"{name} is '{text}', expected less than 8 EiB")
     return size
 
 
+def _size_of_words(text: str, name: str) -> int:
+    match = _SIZE.fullmatch(text)
+    if not match:
+        raise BadOption(f"{name} is '{text}', expected a size such as 65536, 64k, 1.5G or 2T")
+    whole, fraction, suffix = match.groups(default="")
+    scale = 1 << _SUFFIXES[suffix.lower()]
+    if fraction and scale == 1:
+        raise BadOption(f"{name} is '{text}', expected a whole number of bytes, or a suffix such as k or M")
+    return int(whole) * scale + (int(float(fraction) * scale) if fraction else 0)
+
+
 def format_size(size: int) -> str:
-    """A size people can read: 65536 -> '64 KiB', 1610612736 -> '1.5 GiB'."""
-    if size < 1024:
-        return f"{size} B"
-    power = min((size.bit_length() - 1) // 10, len(_NAMES) - 1)
-    return f"{size / (1 << 10 * power):.3g} {_NAMES[power]}" if size < 1000 << 10 * power else \
-        f"{size >> 10 * power} {_NAMES[power]}"
+    """A size people can read: 65536 -> '64 KiB', 1610612736 -> '1.5 GiB'. Three digits, four when they are whole."""
+    power = min((size.bit_length() - 1) // 10, len(_NAMES) - 1) if size > 0 else 0
+    value = size / (1 << 10 * power)
+    # Three digits of 999.7 would be "1e+03".
+    return f"{value:.3g} {_NAMES[power]}" if value < 999.5 else f"{int(value)} {_NAMES[power]}"

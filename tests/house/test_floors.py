@@ -1,0 +1,73 @@
+"""Imports point down only. The floors drawn in docs/architecture.md, held."""
+
+from __future__ import annotations
+
+import graphlib
+
+import pytest
+
+from tests.house.source_tree import Module, modules, own_targets
+
+FLOORS = {
+    "errors": 0,
+    "units": 0,
+    "format": 1,
+    "codec": 1,
+    "nbd": 1,
+    "storage": 2,
+    "cache": 3,
+    "image": 4,
+    "ops": 5,
+    "tune": 5,
+    "serve": 6,
+    "cli": 7,
+    "": 8,  # the public door, cowslice/__init__.py: it opens on every floor and none knows it
+    "testing": 9,
+}
+
+NEIGHBOURS = {("units", "errors")}  # the ground floor's one step: a bad size is a BadOption
+
+# Libraries that take long to load or that only one feature needs: loaded by the function that uses them.
+LOADED_LATE = {
+    *("aiohttp", "asyncio", "botocore", "concurrent", "fsspec", "importlib", "multiprocessing", "s3fs", "tempfile"),
+    *("backports", "compression", "cryptography", "ctypes", "isal", "numpy"),
+    *("hypothesis", "matplotlib", "rich"),
+}
+
+# The doors, whose business is to open a room only when somebody walks in: there everything may come late.
+DOORS = {"", "cli"}
+
+
+@pytest.mark.parametrize("module", modules().values(), ids=str)
+def test_a_module_stands_on_a_known_floor(module: Module) -> None:
+    assert module.room in FLOORS, f"{module} belongs to no floor: add its room to FLOORS and docs/architecture.md"
+
+
+@pytest.mark.parametrize("module", modules().values(), ids=str)
+def test_imports_point_down_only(module: Module) -> None:
+    upward = [
+        f"{module.path.name}:{imported.line} imports {target}"
+        for target, imported in own_targets(module)
+        if target.room != module.room
+        and FLOORS[target.room] >= FLOORS[module.room]
+        and (module.room, target.room) not in NEIGHBOURS
+    ]
+    assert not upward
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = {module.name: {target.name for target, _ in own_targets(module)} for module in modules().values()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as cycle:
+        pytest.fail(f"an import cycle: {' -> '.join(reversed(cycle.args[1]))}", pytrace=False)
+
+
+@pytest.mark.parametrize("module", modules().values(), ids=str)
+def test_only_heavy_libraries_are_imported_inside_functions(module: Module) -> None:
+    late = [
+        f"{module.path.name}:{imported.line} imports {imported.target}"
+        for imported in module.imports
+        if imported.in_function and module.room not in DOORS and imported.target.split(".")[0] not in LOADED_LATE
+    ]
+    assert not late
