@@ -1,0 +1,33 @@
+from typing import Any, Protocol
+
+class _Readable(Protocol):
+    def fileno(self) -> int: ...
+    def read_into(self, offset: int, buffer: memoryview) -> Any: ...
+
+class SliceCache:
+    budget: int
+    def __init__(self, budget: int, policy: str = "clock2q+") -> None: ...
+    def trim(self) -> int: ...
+    def statistics(self) -> dict[str, Any]: ...
+
+class SliceMap:
+    cache: SliceCache
+    clusters: int
+    slice_clusters: int
+    def __init__(
+        self,
+        cache: SliceCache,
+        *,
+        cluster_bits: int,
+        extended_l2: bool,
+        l1: bytes,
+        clusters: int,
+        entry_bytes: int,
+        storage: _Readable,
+        l1_offset: int = 0,
+        readahead: bool = True,
+    ) -> None: ...
+    def lookup(self, cluster: int, want: int = 0x7FFFFFFF) -> tuple[int, int, int]: ...
+    def resident(self, cluster: int) -> bool: ...
+    def warm(self) -> int: ...
+    def stop(self) -> None: ...
