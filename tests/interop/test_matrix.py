@@ -1,0 +1,127 @@
+"""Every image of the manifest, read by us and by QEMU: the same bytes, the same extents, the same faults."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cowslice
+from cowslice.testing import peers, recipes
+from cowslice.testing.fixtures import Fixture, load_manifest, sample
+
+pytestmark = peers.needs("qemu-img", "qemu-io")
+
+ROWS = load_manifest(Path(__file__).with_name("matrix.tsv"))
+SAMPLED = sample(400, seed=20261123)
+SHAPES = 40  # reads of a random place and length for each image
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """An image and what QEMU says of it."""
+
+    made: recipes.Made
+    content: bytes
+
+    def open(self, **options: Any) -> cowslice.Image:
+        return cowslice.open(self.made.path, secret=self.made.secret, **options)
+
+
+def _parameters() -> Iterator[Any]:
+    for row in [*ROWS, *SAMPLED]:
+        yield pytest.param(row, id=row.name, marks=[pytest.mark.long] if row.tier == "long" else [])
+
+
+@pytest.fixture(scope="module", params=_parameters())
+def judged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Judged]:
+    fixture: Fixture = request.param
+    directory = tmp_path_factory.mktemp("matrix")
+    made = recipes.make(fixture, directory)
+    yield Judged(made, _converted(made))
+    shutil.rmtree(directory)
+
+
+def _converted(made: recipes.Made, *options: str) -> bytes:
+    """What qemu-img reads."""
+    target = made.path.with_name("converted")
+    peers.qemu_img("convert", *options, *made.qemu_source, "-O", "raw", target)
+    content = target.read_bytes()
+    target.unlink()
+    return content
+
+
+def test_qemu_reads_what_was_written(judged: Judged) -> None:
+    assert judged.made.guest.differs(judged.content) is None
+
+
+def test_the_whole_disk_reads_as_qemu_reads_it(judged: Judged) -> None:
+    with judged.open() as disk:
+        assert disk.size == len(judged.content)
+        _same(disk.read(0, disk.size), judged.content)
+
+
+def test_reads_of_any_place_and_length_agree(judged: Judged) -> None:
+    chooser = random.Random(judged.made.fixture.name)
+    with judged.open(l2_cache_size="64k", l2_cache_entry_size=512, warmup="off") as disk:
+        for _ in range(SHAPES):
+            offset = chooser.randrange(disk.size)
+            length = min(chooser.choice((1, 511, 512, 4096, 70_000, 1_000_000)), disk.size - offset)
+            _same(disk.read(offset, length), judged.content[offset : offset + length], offset)
+
+
+def test_extents_are_those_of_qemu_img_map(judged: Judged) -> None:
+    theirs = peers.qemu_img_json("map", *judged.made.qemu_source)
+    with judged.open() as disk:
+        ours = [_as_qemu(extent) for extent in disk.extents(0, disk.size)]
+    assert list(_merged(ours)) == [_as_seven(extent) for extent in theirs]
+
+
+def test_each_snapshot_reads_as_qemu_reads_it(judged: Judged) -> None:
+    for name, guest in judged.made.snapshots:
+        with judged.open(snapshot=name) as disk:
+            content = disk.read(0, disk.size)
+        assert guest.differs(content) is None
+        _same(content, _converted(judged.made, "-l", f"snapshot.name={name}"))
+
+
+def _same(ours: bytes, theirs: bytes, start: int = 0) -> None:
+    """Compare without printing megabytes."""
+    if ours == theirs:
+        return
+    assert len(ours) == len(theirs)
+    at = next(at for at, (mine, its) in enumerate(zip(ours, theirs, strict=True)) if mine != its)
+    pytest.fail(f"guest offset {start + at:#x}: {ours[at : at + 8].hex()}, QEMU reads {theirs[at : at + 8].hex()}")
+
+
+def _as_qemu(extent: cowslice.Extent) -> dict[str, Any]:
+    shown = {name: getattr(extent, name) for name in ("start", "length", "depth", "present", "zero", "data")}
+    return shown if extent.offset is None else {**shown, "offset": extent.offset}
+
+
+def _as_seven(extent: dict[str, Any]) -> dict[str, Any]:
+    """What QEMU 7.2 prints too."""
+    return {name: value for name, value in extent.items() if name not in ("compressed", "filename")}
+
+
+def _merged(extents: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Join what differs only in being compressed, which QEMU 7.2 does not show."""
+    if not extents:
+        return
+    current = dict(extents[0])
+    for before, extent in pairwise(extents):
+        expected = {**before, "start": extent["start"], "length": extent["length"]}
+        if "offset" in before:
+            expected["offset"] = before["offset"] + before["length"]
+        if extent == expected:
+            current["length"] += extent["length"]
+        else:
+            yield current
+            current = dict(extent)
+    yield current
