@@ -10,7 +10,7 @@ from array import array
 
 from cowslice.errors import CorruptImage, InternalError
 from cowslice.format.geometry import Geometry
-from cowslice.format.words import swapped
+from cowslice.format.words import swapped, unpack_words
 
 REFTABLE_OFFSET_MASK = 0xFFFF_FFFF_FFFF_FE00
 REFTABLE_RESERVED_MASK = 0x0000_0000_0000_01FF
@@ -36,6 +36,11 @@ def refblock_offset(word: int, geometry: Geometry, at: int = -1) -> int:
 def reftable_reserved(word: int) -> int:
     """The reserved bits that are set in a refcount table entry."""
     return word & REFTABLE_RESERVED_MASK
+
+
+def decode_reftable(table: bytes | bytearray | memoryview) -> array[int]:
+    """The host offsets of all blocks of a table, 0 for none. Drops reserved bits and does not check alignment."""
+    return array("Q", (word & REFTABLE_OFFSET_MASK for word in unpack_words(table)))
 
 
 def encode_reftable_entry(block_offset: int) -> int:
