@@ -1,0 +1,1 @@
+"""One open disk: finding what an image names, mapping guest bytes to host bytes, and reading them."""

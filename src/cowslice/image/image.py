@@ -1,0 +1,254 @@
+"""One open disk image: what `cowslice.open` returns.
+
+It does not know formats: layers answer. Any number of threads may read at once, and one may close meanwhile: requests
+that are inside finish first, later ones raise Closed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from cowslice.cache.slicemap import SliceCache
+from cowslice.errors import BadOption, OutOfRange
+from cowslice.format.bitmaps import Bitmap
+from cowslice.format.first_cluster import FirstCluster
+from cowslice.format.geometry import Geometry
+from cowslice.format.header import CryptMethod, Header
+from cowslice.format.snapshots import Snapshot
+from cowslice.image.bitmaps import load_bitmaps
+from cowslice.image.chain import open_chain
+from cowslice.image.file import ImageFile
+from cowslice.image.layer import Layer
+from cowslice.image.lease import Lease
+from cowslice.image.mapping import Extent, extents, merged
+from cowslice.image.options import OpenOptions, Source
+from cowslice.image.qcow2 import Qcow2Layer
+from cowslice.image.reading import read_into
+from cowslice.image.snapshots import load_snapshots
+from cowslice.image.upkeep import Upkeep
+from cowslice.storage.base import Storage
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
+
+class Image:
+    """A guest disk of `size` bytes, open for reading. Made by `open_image`; offsets and lengths are guest bytes.
+
+    `layers` are the files of the chain, top first; `cache` is the metadata memory that they share; `warnings` says
+    what was odd about the files.
+    """
+
+    def __init__(self, source: Source, options: OpenOptions) -> None:
+        self._warnings: list[str] = []
+        self._options = options
+        chain = open_chain(source, options, self._warn)
+        self._stack = chain.stack
+        self.layers: tuple[Layer, ...] = chain.layers
+        self.cache: SliceCache = chain.cache
+        self.size: int = self.layers[0].size
+        self._lease = Lease(self.path)
+        self._upkeep = Upkeep(chain.cache, chain.slice_maps, warm=self._warms(), interval=options.cache_clean_interval)
+
+    @property
+    def path(self) -> str:
+        """The name of the top file, as it was given."""
+        return self.layers[0].name
+
+    @property
+    def format(self) -> str:
+        """"qcow2" or "raw"."""
+        return self.layers[0].format
+
+    @property
+    def first_cluster(self) -> FirstCluster | None:
+        """Header, extensions and names of the top file; None for a raw one. Names are untrusted."""
+        top = self.layers[0]
+        return top.first if isinstance(top, Qcow2Layer) else None
+
+    @property
+    def header(self) -> Header | None:
+        """The header of the top file, None for a raw one."""
+        return self.layers[0].header
+
+    @property
+    def geometry(self) -> Geometry | None:
+        """How the top file is cut up, None for a raw one."""
+        return self.header.geometry if self.header else None
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether the top file's content is encrypted."""
+        return self.header is not None and self.header.crypt_method != CryptMethod.NONE
+
+    @property
+    def dirty(self) -> bool:
+        """Whether a writer did not finish: refcounts may be stale, what is read is not."""
+        return self.header is not None and self.header.is_dirty
+
+    @property
+    def corrupt(self) -> bool:
+        """Whether someone marked the top file corrupt: what is read may be wrong."""
+        return self.header is not None and self.header.is_corrupt
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was odd about the files, one sentence each; also told to `on_warning` when it is found."""
+        return tuple(self._warnings)
+
+    @property
+    def closed(self) -> bool:
+        return self._lease.ended
+
+    @cached_property
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """Internal snapshots of the top file, read when first asked for. Raises ImageError for a damaged table."""
+        with self._lease:
+            return load_snapshots(self._top_storage, self.header) if self.header else ()
+
+    @cached_property
+    def bitmaps(self) -> tuple[Bitmap, ...]:
+        """Persistent bitmaps of the top file, unusable ones with their `fault`; read when first asked for."""
+        with self._lease:
+            return load_bitmaps(self._top_storage, self.first_cluster) if self.first_cluster else ()
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return exactly `length` bytes from `offset`. Raises OutOfRange past the end, else as read_into."""
+        self._check_span(offset, length)
+        buffer = bytearray(length)
+        self.read_into(offset, buffer)
+        return bytes(buffer)
+
+    def read_into(self, offset: int, buffer: WriteableBuffer) -> None:
+        """Fill the whole of `buffer`, any contiguous writable one, from `offset`.
+
+        Raises OutOfRange, Closed, CorruptImage, StorageError or CryptoError; then its content is unknown.
+        """
+        view = memoryview(buffer).cast("B")
+        self._check_span(offset, len(view))
+        with self._lease:
+            read_into(self.layers, offset, view)
+
+    def read_many(
+        self, offsets: ReadableBuffer | Iterable[int], length: int, out: WriteableBuffer, *, depth: int = 1
+    ) -> None:
+        """Fill `out` with `length` bytes from each of `offsets`, one after another in their order.
+
+        `offsets` is a buffer of 64-bit integers (an int64 array) or integers; `out` has len(offsets) * length bytes.
+        `depth` is how many reads may be under way together. Raises as read_into, BadOption where sizes do not fit.
+        """
+        chosen = _offsets(offsets)
+        view = memoryview(out).cast("B")
+        if length < 0 or len(chosen) * length != len(view):
+            raise BadOption(f"out has {len(view)} bytes, expected {len(chosen)} reads of {length} bytes")
+        if depth < 1:
+            raise BadOption(f"depth is {depth}, expected at least 1")
+        for number, offset in enumerate(chosen):
+            self.read_into(offset, view[number * length : (number + 1) * length])
+
+    def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+        """Yield what the span is made of, in order, neighbours that continue each other as one; to the end by default.
+
+        Reads metadata only. Raises OutOfRange at the call, CorruptImage and others where it comes to them.
+        """
+        length = self.size - offset if length is None else length
+        self._check_span(offset, length)
+        return self._leased(merged(extents(self.layers, offset, length)))
+
+    def file(self) -> ImageFile:
+        """Return a new binary file object over the disk, with its own position. Closing it leaves the image open."""
+        return ImageFile(self, self.path)
+
+    def wait_warm(self, timeout: float | None = None) -> bool:
+        """Wait until the warm-up of the maps is over, at most `timeout` seconds; return whether it is."""
+        return self._upkeep.wait_warm(timeout)
+
+    def close(self) -> None:
+        """Finish the requests under way, then give everything back. It may be called twice and by any thread."""
+        self._lease.end()
+        self._upkeep.end()
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.size} bytes, {len(self.layers)} layers"
+        return f"<Image {self.path!r} {self.format} {state}>"
+
+    @property
+    def _top_storage(self) -> Storage:
+        return self.layers[0].storage
+
+    def _warn(self, message: str) -> None:
+        self._warnings.append(message)
+        if self._options.on_warning is not None:
+            self._options.on_warning(message)
+
+    def _warms(self) -> bool:
+        """Warm-up by default reads local files only: over a network it could cost more than it will ever save."""
+        warmup = self._options.warmup
+        return warmup == "full" or (warmup == "auto" and all(layer.storage.fileno() >= 0 for layer in self.layers))
+
+    def _check_span(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise OutOfRange(f"{length} bytes at offset {offset} asked, expected a span inside the disk of "
+                             f"{self.size} bytes")
+
+    def _leased(self, found: Iterator[Extent]) -> Iterator[Extent]:
+        """Each step is a request of its own, so that an unfinished walk does not keep the image open."""
+        while True:
+            with self._lease:
+                extent = next(found, None)
+            if extent is None:
+                return
+            yield extent
+
+
+def open_image(source: Source, mode: str = "r", **options: Any) -> Image:
+    """Open a qcow2 or raw image by path, URL or storage, read-only.
+
+    format: "qcow2" or "raw"; by default a file must have qcow2's magic. Never trust a default for a disk that a guest
+        may write raw: it can imitate any header.
+    force_share: read although another program writes; what is seen may not fit together. direct: use O_DIRECT.
+    cache_size, l2_cache_size, refcount_cache_size, l2_cache_entry_size: as in QEMU, bytes or "1M"; one budget for the
+        whole chain. cache_clean_interval: seconds between giving unused memory back, 0 never.
+    policy: "clock2q+" or "lru". warmup: read the maps in the background "auto" (local files), "off", "full".
+    gate: judges every name found inside an image; by default only files under the image's own folder are opened.
+    backing: None leaves the backing file closed, and what it holds reads as zeros; a path, URL or storage replaces it,
+        of format backing_format. data_file: replaces the external data file.
+    snapshot: id or name of the internal snapshot to show. secret: passphrase of an encrypted image, or a function that
+        gives it for a file's name. metadata_only: open neither backing nor data file nor key; only maps can be read.
+    max_depth: most layers in a chain. on_warning: called with a sentence about what is odd.
+
+    Raises BadOption, NotAnImage, MalformedImage, UnsupportedImage, CorruptImage, ReferenceRefused, CryptoError,
+    StorageError. A storage that is passed in stays open when the image is closed.
+    """
+    if mode != "r":
+        raise BadOption(f"mode is '{mode}', expected 'r': this version reads images and does not write them")
+    try:
+        chosen = OpenOptions(**options)
+    except TypeError:
+        known = ", ".join(OpenOptions.__dataclass_fields__)
+        unknown = ", ".join(sorted(set(options) - set(OpenOptions.__dataclass_fields__)))
+        raise BadOption(f"unknown option {unknown}, expected one of {known}") from None
+    return Image(source, chosen)
+
+
+def _offsets(offsets: ReadableBuffer | Iterable[int]) -> memoryview | list[int]:
+    """The offsets as something indexed; a buffer is not copied."""
+    try:
+        view = memoryview(offsets)  # type: ignore[arg-type]
+    except TypeError:
+        return [operator.index(offset) for offset in offsets]  # type: ignore[union-attr]
+    if view.ndim != 1 or view.itemsize != 8 or view.format not in ("q", "l", "Q", "L"):
+        raise BadOption(f"offsets has items of type '{view.format}', expected one dimension of 64-bit integers")
+    return view
