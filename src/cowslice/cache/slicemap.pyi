@@ -1,6 +1,7 @@
 from typing import Any, Protocol
 
 class _Readable(Protocol):
+    alignment: int
     def fileno(self) -> int: ...
     def read_into(self, offset: int, buffer: memoryview) -> Any: ...
 

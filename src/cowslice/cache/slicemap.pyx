@@ -16,6 +16,7 @@ A directory word is one of
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
+
 from libc.string cimport memcpy, memset
 
 from cowslice.cache.packing cimport MAX_ENTRIES, TAGGED, Draft, Mapped, Shape, locate, one_run, pack, payload_size
@@ -39,6 +40,7 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef extern from "<malloc.h>" nogil:
     int malloc_trim(size_t)
+    void *memalign(size_t alignment, size_t size)
 
 cdef extern from *:
     uint64_t bswap64 "__builtin_bswap64"(uint64_t) noexcept nogil
@@ -57,7 +59,6 @@ cdef enum:
 
 cdef uint64_t COPIED = <uint64_t> 1 << 63
 cdef uint64_t OFFSET = 0x00FFFFFFFFFFFE00
-cdef uint64_t L1_RESERVED = 0x7F000000000001FF      # specification, "L1 table entry"
 cdef uint64_t ALL_ALLOCATED = 0x00000000FFFFFFFF
 cdef uint64_t ALL_ZERO = 0xFFFFFFFF00000000
 
@@ -260,7 +261,8 @@ cdef class SliceMap:
         cdef uint64_t slices
         self.cache = cache
         self.storage = storage
-        self.fd = storage.fileno()
+        # An unbuffered file wants aligned reads: the memory always is, the place when the unit of reading is.
+        self.fd = storage.fileno() if entry_bytes % storage.alignment == 0 else -1
         self.clusters = clusters
         self.cluster_bits = cluster_bits
         self.extended = extended_l2
@@ -301,10 +303,11 @@ cdef class SliceMap:
         """Without an L2 table there is nothing to load: answer from L1 alone, over as many tables as are missing."""
         cdef uint64_t table = cluster >> self.table_bits
         cdef uint64_t run
-        if table < self.l1_entries and self.l1[table]:
+        if table < self.l1_entries and self.l1[table] & OFFSET:
             return False
         run = ((table + 1) << self.table_bits) - cluster
-        while run < want and cluster + run < self.clusters and (table + 1 >= self.l1_entries or self.l1[table + 1] == 0):
+        while run < want and cluster + run < self.clusters and (
+                table + 1 >= self.l1_entries or self.l1[table + 1] & OFFSET == 0):
             table += 1
             run += <uint64_t> 1 << self.table_bits
         out.word = 0
@@ -421,7 +424,7 @@ cdef class SliceMap:
         cdef int outcome
         cdef uint64_t table = job.table
         out.word = table
-        if table & (L1_RESERVED | (((<uint64_t> 1 << self.cluster_bits) - 1) & OFFSET)):
+        if table & OFFSET & ((<uint64_t> 1 << self.cluster_bits) - 1):
             out.word = self.l1_offset + 8 * ((job.first << self.slice_bits) >> self.table_bits)
             pthread_mutex_unlock(&self.cache.lock)
             return BAD_TABLE
@@ -429,7 +432,7 @@ cdef class SliceMap:
             pthread_mutex_unlock(&self.cache.lock)
             return NO_MEMORY
         pthread_mutex_unlock(&self.cache.lock)
-        buffer = <uint8_t *> malloc(size)
+        buffer = <uint8_t *> memalign(SLICE_BYTES, size)
         if buffer == NULL:
             outcome = NO_MEMORY
         elif not self.read_table(job, buffer, size):
@@ -638,7 +641,7 @@ cdef class SliceMap:
         if outcome == BAD_TABLE:
             raise CorruptImage(
                 f"L1 entry {table} at offset {where:#x} is {self.l1[table]:#018x}, expected the offset of an L2 table "
-                f"aligned to {1 << self.cluster_bits} bytes and no reserved bits", structure="L1 table", offset=where)
+                f"aligned to {1 << self.cluster_bits} bytes", structure="L1 table", offset=where)
         raise MemoryError("no memory to load a slice of an L2 table")
 
     def resident(self, uint64_t cluster):

@@ -1,0 +1,49 @@
+"""Translate and read in one call without the GIL, through a chain of plain layers."""
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from cowslice.cache.slicemap cimport SliceMap
+
+# One layer as the compiled path sees it. `map` is NULL for a raw file; FastPath keeps the maps alive.
+cdef struct PlainLayer:
+    void *map
+    uint64_t size           # guest bytes
+    int fd                  # where normal clusters are read from, or -1
+    uint32_t alignment      # of offset, length and memory, for that descriptor
+    uint8_t cluster_bits
+    bint extended
+    bint version2
+    bint data_file
+    bint opaque             # its clusters cannot be read as they are (encrypted)
+
+# Where the bytes from one guest offset are, and for how long that holds.
+cdef struct Target:
+    uint64_t length
+    uint64_t host
+    PlainLayer *layer       # NULL: zeros
+
+cdef class FastPath:
+    cdef PlainLayer *layers
+    cdef uint32_t depth
+    cdef list maps
+    cdef readonly uint64_t size
+    cdef int active
+    cdef bint closed
+    cdef PlainLayer *grow(self) except NULL
+    cdef bint locate(self, uint64_t offset, uint64_t want, Target *out) noexcept nogil
+    cdef bint in_layer(self, PlainLayer *layer, uint64_t offset, uint64_t *want, Target *out, bint *below) noexcept nogil
+    cdef bint in_subclusters(self, PlainLayer *layer, uint64_t word, uint64_t bitmap, uint64_t offset, uint64_t *want, Target *out, bint *below) noexcept nogil
+    cdef bint to_host(self, PlainLayer *layer, uint64_t word, uint64_t offset, Target *out) noexcept nogil
+    cdef uint64_t read_span(self, uint64_t offset, uint8_t *buffer, uint64_t length) noexcept nogil
+    cdef void read_batch(self, Batch batch) noexcept nogil
+    cdef fill_batch(self, Batch batch, Py_buffer *where, Py_buffer *into, uint64_t length)
+    cdef run_batch(self, Batch batch, int depth)
+
+# Many reads of one length, shared by the threads that do them.
+cdef class Batch:
+    cdef const int64_t *offsets
+    cdef uint8_t *out
+    cdef uint8_t *undone    # 1 where the compiled path could not finish
+    cdef uint64_t length
+    cdef int64_t count
+    cdef int64_t next
