@@ -169,7 +169,7 @@ class StorageContract:
 
     def test_threads_read_side_by_side(self, storage: Storage) -> None:
         rng = random.Random(5)
-        spans = [(rng.randrange(_LENGTH), rng.randrange(20_000)) for _ in range(120)]
+        spans = [(rng.randrange(_LENGTH), rng.randrange(20_000)) for _ in range(60)]
         start = threading.Barrier(4)
 
         def read_all(turn: int) -> bool:
@@ -178,7 +178,7 @@ class StorageContract:
             return all(storage.read(*span) == expected(CONTENT, *span) for span in mine)
 
         with ThreadPoolExecutor(4) as threads:
-            assert all(threads.map(read_all, range(0, 120, 30)))
+            assert all(threads.map(read_all, range(0, 60, 15)))
 
     def test_once_closed_it_says_so(self, make: Make) -> None:
         closed = make(CONTENT)
