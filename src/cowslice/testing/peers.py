@@ -213,12 +213,14 @@ def _answers(address: Path | tuple[str, int]) -> bool:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    """Ask more than once: qemu-nbd drops a SIGTERM that comes before its main loop runs, though it listens already."""
+    for _ in range(20):
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.5)
+            return
+    process.kill()
+    process.wait()
 
 
 @contextlib.contextmanager
