@@ -1,0 +1,54 @@
+"""What a door exports is a promise: the lists below change by intention only."""
+
+from __future__ import annotations
+
+import importlib
+import tomllib
+import types
+
+import pytest
+
+import cowslice
+from tests.house.source_tree import ROOT
+
+SURFACE = {
+    "cowslice": """
+        BadOption Closed CorruptImage CowsliceError CryptoError Deny DenyGate Extent FolderGate Gate Image ImageError
+        InternalError LocalProtocolError Locked MalformedImage NoSpace NotAnImage OutOfRange Permit PermitGate
+        ProtocolError ReadOnly Reference ReferenceRefused RemoteProtocolError RequestError Role ShortRead StorageError
+        UnsupportedImage open
+    """,
+    "cowslice.storage": """
+        Counts CountingStorage FileStorage FsspecStorage LimitedStorage MemoryStorage Span Storage WindowStorage
+        WrappedStorage aligned_buffer local_path locate
+    """,
+}
+
+
+@pytest.mark.parametrize("door", SURFACE)
+def test_a_door_exports_exactly_what_was_promised(door: str) -> None:
+    exported = importlib.import_module(door).__all__
+    assert sorted(exported) == sorted(SURFACE[door].split())
+
+
+@pytest.mark.parametrize("door", SURFACE)
+def test_everything_exported_is_there_and_nothing_else_looks_public(door: str) -> None:
+    module = importlib.import_module(door)
+    visible = {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType) and name != "annotations"
+    }
+    assert visible | set(module.__all__) == set(module.__all__)
+    assert all(getattr(module, name) is not None for name in module.__all__)
+
+
+@pytest.mark.parametrize("door", SURFACE)
+def test_everything_exported_says_what_it_is(door: str) -> None:
+    module = importlib.import_module(door)
+    assert not [name for name in module.__all__ if not getattr(module, name).__doc__]
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    described = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert cowslice.__version__ == described["project"]["version"]
