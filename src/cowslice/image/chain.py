@@ -16,10 +16,11 @@ from cowslice.codec.compression import decompress_cluster
 from cowslice.errors import BadOption, MalformedImage, ReferenceRefused, UnsupportedImage
 from cowslice.format.header import Autoclear
 from cowslice.image.gate import Role, pass_gate, resolve, root_of, shown
+from cowslice.image.keys import open_cipher
 from cowslice.image.layer import Layer
-from cowslice.image.opening import OpenedFile, Place, decide_format, has_magic, open_file, open_place
+from cowslice.image.opening import OpenedFile, Place, decide_format, has_magic, naming, open_file, open_place
 from cowslice.image.options import NAMED, Named, OpenOptions, Source, plan_chain_cache
-from cowslice.image.qcow2 import Inflate, Qcow2Layer
+from cowslice.image.qcow2 import Inflate, Qcow2Layer, SectorCipher
 from cowslice.image.raw import RawLayer
 from cowslice.storage.base import Storage
 
@@ -33,6 +34,7 @@ class _Link:
     place: Place
     file: OpenedFile | None
     data: Storage | None
+    cipher: SectorCipher | None = None
 
 
 @dataclass(slots=True)
@@ -98,7 +100,7 @@ def _add(walk: _Walk, place: Place, kind: str, *, snapshot: str | None) -> None:
     if file.first.header.autoclear & Autoclear.RAW_EXTERNAL and file.first.backing_name:
         raise MalformedImage(f"'{shown(place.storage.name)}' has raw external data and a backing file, expected only "
                              "one of them", where="header", field="autoclear")
-    walk.links.append(_Link(place, file, _open_data(walk, file)))
+    walk.links.append(_Link(place, file, _open_data(walk, file), _open_cipher(walk, file)))
 
 
 def _below_top(walk: _Walk) -> tuple[Place, str] | None:
@@ -157,6 +159,14 @@ def _open_data(walk: _Walk, file: OpenedFile) -> Storage | None:
     return _open_named(walk, file, Role.DATA, file.first.data_file_name, "raw").storage
 
 
+def _open_cipher(walk: _Walk, file: OpenedFile) -> SectorCipher | None:
+    if walk.options.metadata_only:
+        return None
+    with naming(file.place.storage):
+        return open_cipher(
+            file.place.storage, file.first, walk.options.secret, max_rounds=walk.options.max_key_rounds)
+
+
 def _open_named(walk: _Walk, file: OpenedFile, role: Role, name: bytes, kind: str | None) -> Place:
     """Open what an image names, if the gate permits it."""
     reference = resolve(role, os.fsdecode(name), kind, image=file.place.path, root=walk.root)
@@ -177,7 +187,7 @@ def _assemble(walk: _Walk) -> tuple[tuple[Layer, ...], SliceCache, tuple[SliceMa
             layers.append(RawLayer(link.place.storage))
             continue
         maps.append(_slice_map(cache, link.file, next(units)))
-        layers.append(_qcow2_layer(walk, link.file, link.data, maps[-1]))
+        layers.append(_qcow2_layer(link.file, link, maps[-1]))
     return tuple(layers), cache, tuple(maps)
 
 
@@ -189,10 +199,10 @@ def _slice_map(cache: SliceCache, file: OpenedFile, entry_bytes: int) -> SliceMa
         l1_offset=file.l1_offset)
 
 
-def _qcow2_layer(walk: _Walk, file: OpenedFile, data: Storage | None, slices: SliceMap) -> Qcow2Layer:
+def _qcow2_layer(file: OpenedFile, link: _Link, slices: SliceMap) -> Qcow2Layer:
     return Qcow2Layer(
-        file.place.storage, file.first, size=file.size, l1=file.l1, slices=slices, data=data,
-        inflate=_inflate(file), cipher=None)
+        file.place.storage, file.first, size=file.size, l1=file.l1, slices=slices, data=link.data,
+        inflate=_inflate(file), cipher=link.cipher)
 
 
 def _inflate(file: OpenedFile) -> Inflate:

@@ -6,13 +6,14 @@ that are inside finish first, later ones raise Closed.
 
 from __future__ import annotations
 
-import operator
+from array import array
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from cowslice.cache.slicemap import SliceCache
-from cowslice.errors import BadOption, OutOfRange
+from cowslice.errors import BadOption, OutOfRange, RequestError
 from cowslice.format.bitmaps import Bitmap
 from cowslice.format.first_cluster import FirstCluster
 from cowslice.format.geometry import Geometry
@@ -20,13 +21,14 @@ from cowslice.format.header import CryptMethod, Header
 from cowslice.format.snapshots import Snapshot
 from cowslice.image.bitmaps import load_bitmaps
 from cowslice.image.chain import open_chain
+from cowslice.image.fastpath import FastPath
 from cowslice.image.file import ImageFile
 from cowslice.image.layer import Layer
 from cowslice.image.lease import Lease
 from cowslice.image.mapping import Extent, extents, merged
 from cowslice.image.options import OpenOptions, Source
 from cowslice.image.qcow2 import Qcow2Layer
-from cowslice.image.reading import read_into
+from cowslice.image.reading import read_piece
 from cowslice.image.snapshots import load_snapshots
 from cowslice.image.upkeep import Upkeep
 from cowslice.storage.base import Storage
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from typing import Self
 
     from _typeshed import ReadableBuffer, WriteableBuffer
+
+MAX_THREADS = 64  # of one read_many; more only wait for each other
 
 
 class Image:
@@ -53,6 +57,7 @@ class Image:
         self.cache: SliceCache = chain.cache
         self.size: int = self.layers[0].size
         self._lease = Lease(self.path)
+        self._fast = None if options.metadata_only else _fast_path(self.layers)
         self._upkeep = Upkeep(chain.cache, chain.slice_maps, warm=self._warms(), interval=options.cache_clean_interval)
 
     @property
@@ -129,10 +134,11 @@ class Image:
 
         Raises OutOfRange, Closed, CorruptImage, StorageError or CryptoError; then its content is unknown.
         """
-        view = memoryview(buffer).cast("B")
-        self._check_span(offset, len(view))
-        with self._lease:
-            read_into(self.layers, offset, view)
+        if self._fast is None or offset < 0:
+            raise self._refusal(offset)
+        done = self._fast.read_into(offset, buffer)
+        if done < memoryview(buffer).nbytes:
+            self._complete(offset, memoryview(buffer).cast("B"), done)
 
     def read_many(
         self, offsets: ReadableBuffer | Iterable[int], length: int, out: WriteableBuffer, *, depth: int = 1
@@ -148,8 +154,20 @@ class Image:
             raise BadOption(f"out has {len(view)} bytes, expected {len(chosen)} reads of {length} bytes")
         if depth < 1:
             raise BadOption(f"depth is {depth}, expected at least 1")
-        for number, offset in enumerate(chosen):
-            self.read_into(offset, view[number * length : (number + 1) * length])
+        if self._fast is None:
+            raise self._refusal(0)
+        undone = self._fast.read_many(chosen, length, view, depth) if length else []
+
+        def complete(number: int) -> None:
+            self._complete(chosen[number], view[number * length : (number + 1) * length], 0)
+
+        if depth == 1 or len(undone) < 2:
+            for number in undone:
+                complete(number)
+            return
+        with ThreadPoolExecutor(min(depth, len(undone), MAX_THREADS)) as pool:
+            for _ in pool.map(complete, undone):
+                pass
 
     def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
         """Yield what the span is made of, in order, neighbours that continue each other as one; to the end by default.
@@ -170,6 +188,8 @@ class Image:
 
     def close(self) -> None:
         """Finish the requests under way, then give everything back. It may be called twice and by any thread."""
+        if self._fast is not None:
+            self._fast.close()
         self._lease.end()
         self._upkeep.end()
         self._stack.close()
@@ -197,6 +217,20 @@ class Image:
         """Warm-up by default reads local files only: over a network it could cost more than it will ever save."""
         warmup = self._options.warmup
         return warmup == "full" or (warmup == "auto" and all(layer.storage.fileno() >= 0 for layer in self.layers))
+
+    def _complete(self, offset: int, view: memoryview, done: int) -> None:
+        """Provide by the plain path what the compiled one left, piece by piece; it goes on after each."""
+        assert self._fast is not None
+        while done < len(view):
+            with self._lease:
+                done += read_piece(self.layers, offset + done, view[done:])
+            if done < len(view):
+                done = self._fast.read_into(offset, view, done)
+
+    def _refusal(self, offset: int) -> RequestError:
+        if offset < 0:
+            return OutOfRange(f"offset is {offset}, expected 0 or more")
+        return RequestError(f"'{self.path}' was opened for its metadata only, so its data cannot be read")
 
     def _check_span(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:
@@ -243,12 +277,26 @@ def open_image(source: Source, mode: str = "r", **options: Any) -> Image:
     return Image(source, chosen)
 
 
-def _offsets(offsets: ReadableBuffer | Iterable[int]) -> memoryview | list[int]:
-    """The offsets as something indexed; a buffer is not copied."""
+def _fast_path(layers: Iterable[Layer]) -> FastPath:
+    """The compiled path over the same layers."""
+    fast = FastPath()
+    for layer in layers:
+        if isinstance(layer, Qcow2Layer):
+            layer.join(fast)
+        else:
+            fast.add_raw(size=layer.size, data=layer.storage)
+    return fast
+
+
+def _offsets(offsets: ReadableBuffer | Iterable[int]) -> memoryview | array[int]:
+    """The offsets as a buffer of 64-bit integers; one that is given is not copied."""
     try:
         view = memoryview(offsets)  # type: ignore[arg-type]
     except TypeError:
-        return [operator.index(offset) for offset in offsets]  # type: ignore[union-attr]
+        try:
+            return array("q", offsets)  # type: ignore[arg-type]
+        except OverflowError:
+            raise OutOfRange("an offset does not fit 64 bits, expected offsets inside the disk") from None
     if view.ndim != 1 or view.itemsize != 8 or view.format not in ("q", "l", "Q", "L"):
         raise BadOption(f"offsets has items of type '{view.format}', expected one dimension of 64-bit integers")
     return view

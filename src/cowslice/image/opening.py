@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from cowslice.errors import BadOption, CowsliceError, ImageError, NotAnImage
+from cowslice.errors import BadOption, CowsliceError, CryptoError, ImageError, NotAnImage
 from cowslice.format.findings import escaped
 from cowslice.format.first_cluster import PREFIX_LENGTH, FirstCluster, decode_first_cluster, first_cluster_length
 from cowslice.format.header import MAGIC
@@ -103,10 +103,10 @@ def open_file(place: Place, snapshot: str | None) -> OpenedFile:
 
 @contextmanager
 def naming(storage: Storage) -> Iterator[None]:
-    """Put the file's name before the message of an ImageError or BadOption that leaves the block."""
+    """Put the file's name before the message of an error about its content that leaves the block."""
     try:
         yield
-    except (ImageError, BadOption) as error:
+    except (ImageError, BadOption, CryptoError) as error:
         _prefix(error, storage.name)
         raise
 

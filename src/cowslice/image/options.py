@@ -52,6 +52,7 @@ class OpenOptions:
     gate: Gate = field(default_factory=FolderGate)
     snapshot: str | None = None
     secret: Secret | None = None
+    max_key_rounds: int | None = None
     backing: Source | Named | None = NAMED
     backing_format: str | None = None
     data_file: Source | Named = NAMED

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Protocol
 
+from cowslice.cache.slicemap import SliceMap
 from cowslice.errors import CorruptImage, CryptoError, RequestError
 from cowslice.format.entries import L1_OFFSET_MASK, Entry, Kind, decode_entry, subcluster_runs
 from cowslice.format.first_cluster import FirstCluster
 from cowslice.format.geometry import Geometry
 from cowslice.format.header import CryptMethod
+from cowslice.image.fastpath import FastPath
 from cowslice.image.layer import Layer, Piece, fill_zeros, narrowed
 from cowslice.image.preallocation import looks_preallocated
 from cowslice.storage.base import Storage
@@ -24,8 +26,8 @@ from cowslice.units import SECTOR, round_up
 class EntrySource(Protocol):
     """Where L2 entries come from: cache.slicemap.SliceMap, or a plain dictionary in tests."""
 
-    def lookup(self, cluster: int) -> tuple[int, int, int]:
-        """Return (entry word, subcluster bitmap, clusters from here that are one run)."""
+    def lookup(self, cluster: int, want: int = ...) -> tuple[int, int, int]:
+        """Return (entry word, subcluster bitmap, clusters from here that are one run, exact up to `want`)."""
 
 
 class SectorCipher(Protocol):
@@ -74,8 +76,9 @@ class Qcow2Layer(Layer):
         return looks_preallocated(self.storage, self.header) if self.header else False
 
     def piece_at(self, offset: int, length: int) -> Piece:
-        cluster = offset >> self.geometry.cluster_bits
-        word, bitmap, run = self.slices.lookup(cluster)
+        bits = self.geometry.cluster_bits
+        cluster = offset >> bits
+        word, bitmap, run = self.slices.lookup(cluster, (self.geometry.in_cluster(offset) + length - 1 >> bits) + 1)
         entry = self._decode(word, bitmap, cluster)
         within = self.geometry.in_cluster(offset)
         if entry.kind is Kind.MIXED:
@@ -101,6 +104,15 @@ class Qcow2Layer(Layer):
             buffer[:] = self._inflate(piece.host, piece.stored)[within : within + piece.length]
         else:
             fill_zeros(buffer)
+
+    def join(self, fast: FastPath) -> None:
+        """Add this layer to a compiled path. Raises TypeError unless `slices` is a SliceMap."""
+        if not isinstance(self.slices, SliceMap):
+            raise TypeError(f"slices is a {type(self.slices).__name__}, expected a SliceMap")
+        fast.add_qcow2(
+            self.slices, size=self.size, data=self.data if self._has_data else None,
+            cluster_bits=self.geometry.cluster_bits, extended_l2=self.geometry.extended_l2, version=self._version,
+            data_file=self._data_file, opaque=self._encrypted)
 
     def entry_place(self, cluster: int) -> int:
         """Host offset of the L2 entry of a guest cluster, or -1 when it has no L2 table."""

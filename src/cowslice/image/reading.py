@@ -19,10 +19,15 @@ def read_into(layers: Sequence[Layer], offset: int, buffer: memoryview) -> None:
     """
     done = 0
     while done < len(buffer):
-        depth, piece = resolve(layers, offset + done, len(buffer) - done)
-        part = buffer[done : done + piece.length]
-        if piece.below:
-            fill_zeros(part)
-        else:
-            layers[depth].fill(piece, part)
-        done += piece.length
+        done += read_piece(layers, offset + done, buffer[done:])
+
+
+def read_piece(layers: Sequence[Layer], offset: int, buffer: memoryview) -> int:
+    """Fill the beginning of `buffer`, as far as it is one piece; return its length in bytes. Raises as read_into."""
+    depth, piece = resolve(layers, offset, len(buffer))
+    part = buffer[: piece.length]
+    if piece.below:
+        fill_zeros(part)
+    else:
+        layers[depth].fill(piece, part)
+    return piece.length
