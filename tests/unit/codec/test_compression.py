@@ -211,9 +211,7 @@ def test_many_threads_decompress_beside_one_another(kind: Compression) -> None:
     wrong: list[int] = []
 
     def work() -> None:
-        wrong.extend(
-            n for n in list(range(8)) * 3 if decompress_cluster(kind, payloads[n], CLUSTER) != clusters[n]
-        )
+        wrong.extend(n for n in list(range(8)) * 3 if decompress_cluster(kind, payloads[n], CLUSTER) != clusters[n])
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
