@@ -181,7 +181,7 @@ http {{
 
 @contextlib.contextmanager
 def _served(tool: str, arguments: Sequence[Argument], address: Path | tuple[str, int]) -> Iterator[None]:
-    """Run a server until the block ends. It is up when its address takes a connection."""
+    """Run a server until the block ends. It is up when its address takes a connection, a socket also greets."""
     require(tool)
     command = [find(tool) or tool, *map(_text, arguments)]
     with tempfile.TemporaryFile() as said:
@@ -207,20 +207,30 @@ def _comes_up(process: subprocess.Popen[bytes], address: Path | tuple[str, int])
 
 
 def _answers(address: Path | tuple[str, int]) -> bool:
-    family = socket.AF_UNIX if isinstance(address, Path) else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        return probe.connect_ex(str(address) if isinstance(address, Path) else address) == 0
+    if isinstance(address, Path):
+        return _greets(address)
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(address) == 0
+
+
+def _greets(place: Path) -> bool:
+    """Whether an NBD server says its first word: qemu-nbd listens before it has opened, and locked, the image."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_START_SECONDS)
+        try:
+            probe.connect(str(place))
+            return probe.recv(8) == b"NBDMAGIC"
+        except OSError:
+            return False
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask more than once: qemu-nbd drops a SIGTERM that comes before its main loop runs, though it listens already."""
-    for _ in range(20):
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=0.5)
-            return
-    process.kill()
-    process.wait()
+    process.terminate()
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 @contextlib.contextmanager
