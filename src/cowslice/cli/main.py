@@ -1,0 +1,65 @@
+"""The door of the command line: finds the verb, imports only what it needs, turns every fault into a status.
+
+It does not know what a verb does. Nothing but a result goes to standard output, and no traceback is ever shown.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from cowslice.cli import exitcodes
+
+TYPE_CHECKING = False  # typing takes as long to import as a check of a sound image
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and end the process."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(run(given))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit status. Output that nobody reads any more is no error worth a word."""
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return exitcodes.INTERRUPTED
+    except BrokenPipeError:
+        _silence_output()
+        return exitcodes.BROKEN_PIPE
+    except OSError as error:
+        from cowslice.cli.output import complain
+
+        complain(f"cannot write the result: {error.strerror or error}")
+        _silence_output()
+        return exitcodes.FAILED
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["check"]:
+        from cowslice.cli import quickcheck
+
+        status = quickcheck.run(arguments[1:])
+        if status is not None:
+            return status
+    from cowslice.cli.verbs import run_verb
+
+    return run_verb(arguments)
+
+
+def _silence_output() -> None:
+    """Standard output is gone: nothing may try to write to it again, not even the interpreter when it ends."""
+    import os
+
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        sys.stdout = None  # type: ignore[assignment]
+
+
+if __name__ == "__main__":
+    main()

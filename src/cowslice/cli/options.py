@@ -1,0 +1,224 @@
+"""Options that several verbs share, named and meant as in qemu-img, and what they become.
+
+It does not know what a verb does with them. A bad value is a BadOption or a click.UsageError, which end with status 64.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from cowslice.errors import BadOption
+
+if TYPE_CHECKING:
+    from cowslice.image.options import OpenOptions
+
+F = TypeVar("F", bound=Callable[..., Any])
+MAX_SECRET_FILE = 1 << 20  # a passphrase or key file is never longer
+
+CACHE_MODES = ("none", "writeback", "unsafe", "directsync", "writethrough")
+
+
+def output_format(command: F) -> F:
+    """--output=human|json."""
+    return click.option("--output", type=click.Choice(["human", "json"]), default="human", show_default=True,
+                        help="For people, or for programs.")(command)
+
+
+def image_format(command: F) -> F:
+    """-f FORMAT of an image that is read."""
+    return click.option("-f", "format_name", metavar="FORMAT", help="Format of the image: qcow2 or raw. Default: look.")(command)
+
+
+def common(command: F) -> F:
+    """--image-opts, --object, -U, -q and --trace-free silence: what every verb of qemu-img takes."""
+    for option in reversed((
+        click.option("--image-opts", is_flag=True, help="IMAGE is 'driver=qcow2,file.filename=PATH,...'."),
+        click.option("--object", "objects", multiple=True, metavar="OBJECT",
+                     help="'secret,id=ID,data=TEXT' or 'secret,id=ID,file=PATH': a passphrase, named by "
+                          "encrypt.key-secret=ID."),
+        click.option("-U", "--force-share", is_flag=True, help="Read even while another program writes."),
+        click.option("-q", "--quiet", is_flag=True, help="Print no result, only errors."),
+    )):
+        command = option(command)
+    return command
+
+
+def chain(command: F) -> F:
+    """What the image names may be opened: --allow DIR and --allow-any."""
+    for option in reversed((
+        click.option("--allow", "allowed", multiple=True, metavar="DIR", type=click.Path(file_okay=False),
+                     help="Also follow backing and data files under DIR. Default: only under the image's own folder."),
+        click.option("--allow-any", is_flag=True, help="Follow any local file that the image names. Only for images you trust."),
+    )):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """The shared options as they were given on the command line."""
+
+    format_name: str | None = None
+    image_opts: bool = False
+    objects: tuple[str, ...] = ()
+    force_share: bool = False
+    allowed: tuple[str, ...] = ()
+    allow_any: bool = False
+    direct: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """One image named on the command line: its path or URL, and the options that came with the name."""
+
+    name: str
+    options: dict[str, str]
+
+    @property
+    def shown(self) -> str:
+        """The name as results repeat it."""
+        return self.name
+
+
+def parse_keyval(text: str, what: str) -> dict[str, str]:
+    """'a=1,b=2' as a dictionary; ',,' is a comma inside a value. Raises BadOption that names `what`."""
+    parsed: dict[str, str] = {}
+    for part in _split_commas(text):
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise BadOption(f"{what} has '{part}', expected KEY=VALUE separated by commas")
+        parsed[key] = value
+    return parsed
+
+
+def name_image(text: str, given: Given) -> Named:
+    """What an IMAGE argument names. Raises BadOption for descriptions that do not name a file."""
+    if not given.image_opts:
+        return Named(text, {"driver": given.format_name} if given.format_name else {})
+    if given.format_name:
+        raise click.UsageError("-f and --image-opts exclude each other: write driver=FORMAT")
+    options = parse_keyval(text, "--image-opts")
+    name = options.pop("file.filename", None) or options.pop("filename", None)
+    if not name:
+        raise BadOption("--image-opts names no file, expected file.filename=PATH")
+    protocol = options.pop("file.driver", "file")
+    if protocol not in ("file", "host_device", "http", "https"):
+        raise BadOption(f"file.driver is '{protocol}', expected file, host_device, http or https")
+    options.pop("file.locking", None)
+    return Named(name, options)
+
+
+def open_options(named: Named, given: Given, **more: Any) -> OpenOptions:
+    """The options with which the library opens a named image. Raises BadOption for an option that it does not know."""
+    from cowslice.image.gate import FolderGate, PermitGate
+    from cowslice.image.options import OpenOptions
+
+    taken = _taken_options(named.options, given)
+    gate = PermitGate() if given.allow_any else FolderGate(given.allowed)
+    fields: dict[str, Any] = {"gate": gate, "force_share": given.force_share, "direct": given.direct, **taken, **more}
+    return OpenOptions(**fields)
+
+
+_SIZES = ("cache-size", "l2-cache-size", "refcount-cache-size", "l2-cache-entry-size")
+# Options of qemu's qcow2 driver that only concern writing: accepted, because reading does not change with them.
+_WITHOUT_EFFECT = ("lazy-refcounts", "pass-discard-request", "pass-discard-snapshot", "pass-discard-other",
+                   "discard-no-unref", "overlap-check", "read-only", "auto-read-only", "discard", "detect-zeroes",
+                   "node-name", "cache.no-flush")
+
+
+def _taken_options(options: dict[str, str], given: Given) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for key, value in options.items():
+        if key == "driver":
+            fields["format"] = value
+        elif key in _SIZES:
+            fields[key.replace("-", "_")] = value
+        elif key == "cache-clean-interval":
+            fields["cache_clean_interval"] = _whole_number(value, key)
+        elif key == "force-share":
+            fields["force_share"] = _switch(value, key)
+        elif key == "cache.direct":
+            fields["direct"] = _switch(value, key)
+        elif key == "encrypt.key-secret":
+            fields["secret"] = secret_of(value, given.objects)
+        elif key == "backing":
+            fields["backing"] = _no_backing(value)
+        elif key in ("backing.file.filename", "backing.filename"):
+            fields["backing"] = value
+        elif key == "backing.driver":
+            fields["backing_format"] = value
+        elif key in ("data-file.filename", "data-file.file.filename"):
+            fields["data_file"] = value
+        elif key not in _WITHOUT_EFFECT and key not in ("encrypt.format", "data-file.driver", "backing.file.driver"):
+            raise BadOption(f"--image-opts has '{key}', which is no option of an image that is read")
+    return fields
+
+
+def secret_of(name: str, objects: Iterable[str]) -> bytes:
+    """The passphrase of the --object that has this id. Raises BadOption when there is none, or it cannot be used."""
+    for text in objects:
+        kind, _, rest = text.partition(",")
+        if kind not in ("secret", "qom-type=secret"):
+            raise BadOption(f"--object is '{kind}', expected secret")
+        fields = parse_keyval(rest, "--object")
+        if fields.get("id") == name:
+            return _secret_bytes(fields)
+    raise BadOption(f"encrypt.key-secret is '{name}', expected the id of an --object secret",
+                    hint=f"Add --object secret,id={name},file=PATH.")
+
+
+def _secret_bytes(fields: dict[str, str]) -> bytes:
+    form = fields.get("format", "raw")
+    if form not in ("raw", "base64"):
+        raise BadOption(f"--object secret has format '{form}', expected raw or base64")
+    if "keyid" in fields:
+        raise BadOption("--object secret has a keyid, but encrypted secrets are not supported")
+    if ("data" in fields) == ("file" in fields):
+        raise BadOption("--object secret needs either data=TEXT or file=PATH")
+    raw = os.fsencode(fields["data"]) if "data" in fields else _secret_file(fields["file"])
+    if form == "raw":
+        return raw
+    from base64 import b64decode
+
+    try:
+        return b64decode(raw, validate=False)
+    except ValueError:
+        raise BadOption("--object secret says format=base64, but its data is not that") from None
+
+
+def _secret_file(path: str) -> bytes:
+    from cowslice.errors import StorageError
+
+    try:
+        with open(path, "rb") as file:
+            return file.read(MAX_SECRET_FILE)
+    except OSError as error:
+        raise StorageError.of(error, "read the secret in", path) from error
+
+
+def _split_commas(text: str) -> list[str]:
+    """Parts between single commas; two commas stand for one."""
+    parts = [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")]
+    return [part for part in parts if part]
+
+
+def _switch(value: str, key: str) -> bool:
+    if value not in ("on", "off", "true", "false", "yes", "no"):
+        raise BadOption(f"{key} is '{value}', expected on or off")
+    return value in ("on", "true", "yes")
+
+
+def _whole_number(value: str, key: str) -> int:
+    if not value.isascii() or not value.isdigit():
+        raise BadOption(f"{key} is '{value}', expected a whole number")
+    return int(value)
+
+
+def _no_backing(value: str) -> None:
+    if value not in ("", "null"):
+        raise BadOption(f"backing is '{value}', expected null, or backing.file.filename=PATH")

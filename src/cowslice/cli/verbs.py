@@ -1,0 +1,100 @@
+"""The verbs, each in a file of its own that is imported when its word is said; and what their faults become.
+
+A verb is a click command whose callback returns the exit status, or None for 0. It raises cowslice.errors and nothing else.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+from cowslice.cli import exitcodes
+from cowslice.cli.output import complain
+from cowslice.errors import BadOption, CowsliceError
+
+# Word, and what it does: `--help` lists them without importing a verb.
+VERBS = {
+    "info": "Show what an image is, without opening anything it names.",
+    "map": "Show where each part of the disk is stored.",
+    "check": "Find leaks and corruption; changes nothing.",
+    "compare": "Tell whether two disks have the same content.",
+    "convert": "Copy a disk into a raw file, or to standard output.",
+}
+
+EPILOG = """\b
+Examples:
+  cowslice info disk.qcow2
+  cowslice check disk.qcow2 && cowslice convert -p disk.qcow2 disk.raw
+  cowslice map --output=json disk.qcow2 | jq length
+
+\b
+Exit status: as qemu-img for each verb (see its --help); besides,
+  64 the command line is wrong, 130 interrupted, 141 nobody reads the output."""
+
+
+class Verbs(click.Group):
+    """A group whose members are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        verb: click.Command = import_module(f"cowslice.cli.{cmd_name}").command
+        return verb
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        click.echo(f"cowslice {version('cowslice')}")
+    except PackageNotFoundError:
+        click.echo("cowslice (not installed)")
+    ctx.exit()
+
+
+@click.group(cls=Verbs, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("-V", "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version.")
+def cowslice() -> None:
+    """Look at, check, compare and convert qcow2 disk images.
+
+    The words, options, JSON and exit statuses are those of qemu-img.
+    """
+
+
+def run_verb(arguments: list[str]) -> int:
+    """Run the verb that the arguments begin with and return the exit status; faults are told on standard error."""
+    try:
+        status = cowslice.main(args=arguments, prog_name="cowslice", standalone_mode=False)
+    except click.UsageError as error:
+        return _usage(error)
+    except click.Abort:
+        return exitcodes.INTERRUPTED
+    except click.ClickException as error:
+        complain(error.format_message())
+        return exitcodes.FAILED
+    except BadOption as error:
+        complain(str(error), error.hint)
+        return exitcodes.USAGE
+    except CowsliceError as error:
+        complain(str(error), error.hint)
+        return error.exit_code
+    return status if isinstance(status, int) else exitcodes.OK
+
+
+def _usage(error: click.UsageError) -> int:
+    path = error.ctx.command_path if error.ctx else "cowslice"
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        click.echo(error.format_message(), err=True)
+    else:
+        complain(error.format_message().rstrip("."), f"Try '{path} --help'.")
+    return exitcodes.USAGE

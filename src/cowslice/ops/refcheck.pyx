@@ -1,0 +1,282 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""Reference counting over whole L2 tables, without the GIL: one call per table or refcount block, never per entry.
+
+It does not know what a finding is: whatever breaks a rule is handed back by index and judged in plain Python.
+Counts live in one window of host clusters at a time, so memory stays the same for any image.
+"""
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+cdef extern from "<endian.h>" nogil:
+    uint64_t be64toh(uint64_t word)
+    uint32_t be32toh(uint32_t word)
+    uint16_t be16toh(uint16_t word)
+
+cdef extern from * nogil:
+    uint32_t __atomic_fetch_add(uint32_t *slot, uint32_t step, int order)
+    uint32_t __atomic_fetch_sub(uint32_t *slot, uint32_t step, int order)
+
+# Format section "Cluster descriptors": bit 63 copied, bit 62 compressed, bits 9-55 offset, bit 0 zero, the rest reserved.
+cdef uint64_t COPIED = <uint64_t>1 << 63
+cdef uint64_t COMPRESSED = <uint64_t>1 << 62
+cdef uint64_t OFFSET = <uint64_t>0x00FFFFFFFFFFFE00
+cdef uint64_t RESERVED = <uint64_t>0x3F000000000001FE
+cdef uint64_t ZERO = 1
+cdef uint64_t LOW = 0xFFFFFFFF
+
+cdef uint32_t UNREADABLE_COUNT = 0xFFFFFFFE
+UNREADABLE = UNREADABLE_COUNT
+SATURATED = 0xFFFFFFFF
+
+
+cdef inline bint _count(uint32_t *slot, uint32_t limit, bint shared) noexcept nogil:
+    """Add one reference, unless the refcount width is exhausted: then False."""
+    if not shared:
+        if slot[0] >= limit:
+            return False
+        slot[0] += 1
+        return True
+    if __atomic_fetch_add(slot, 1, 0) >= limit:
+        __atomic_fetch_sub(slot, 1, 0)
+        return False
+    return True
+
+
+cdef inline uint32_t _stored_at(const uint8_t *block, uint64_t i, int order) noexcept nogil:
+    cdef uint64_t wide
+    if order == 4:
+        return be16toh((<const uint16_t *>block)[i])
+    if order == 3:
+        return block[i]
+    if order == 5:
+        wide = be32toh((<const uint32_t *>block)[i])
+    elif order == 6:
+        wide = be64toh((<const uint64_t *>block)[i])
+    else:
+        return (block[(i << order) >> 3] >> ((i << order) & 7)) & ((1 << (1 << order)) - 1)
+    return <uint32_t>wide if wide < UNREADABLE_COUNT else 0xFFFFFFFF
+
+
+cdef class Tally:
+    """Two counts for each host cluster of a window: references found, and the refcount stored on disk."""
+
+    cdef uint32_t *counted
+    cdef uint32_t *stored
+    cdef uint32_t limit
+    cdef readonly uint64_t first
+    cdef readonly uint64_t clusters
+
+    def __cinit__(self, first, clusters, limit):
+        self.first = first
+        self.clusters = clusters
+        self.limit = min(limit, 0x7FFFFFFF)
+        self.counted = <uint32_t *>calloc(max(1, clusters), 4)
+        self.stored = <uint32_t *>calloc(max(1, clusters), 4)
+        if self.counted == NULL or self.stored == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self.counted)
+        free(self.stored)
+
+    def load(self, uint64_t cluster, block, int order):
+        """Take the stored refcounts of a refcount block whose first entry describes `cluster`; `order` is log2 of the width."""
+        cdef Py_buffer view
+        cdef uint64_t i, entries, start, end
+        PyObject_GetBuffer(block, &view, PyBUF_SIMPLE)
+        try:
+            entries = (<uint64_t>view.len << 3) >> order
+            start = max(cluster, self.first)
+            end = min(cluster + entries, self.first + self.clusters)
+            with nogil:
+                i = start
+                while i < end:
+                    self.stored[i - self.first] = _stored_at(<const uint8_t *>view.buf, i - cluster, order)
+                    i += 1
+        finally:
+            PyBuffer_Release(&view)
+
+    def unreadable(self, uint64_t cluster, uint64_t clusters):
+        """Mark clusters whose stored refcount cannot be known. Returns how many of them lie in the window."""
+        cdef uint64_t i = max(cluster, self.first)
+        cdef uint64_t end = min(cluster + clusters, self.first + self.clusters)
+        cdef uint64_t marked = max(i, end) - i
+        while i < end:
+            self.stored[i - self.first] = UNREADABLE_COUNT
+            i += 1
+        return marked
+
+    def add(self, uint64_t cluster, uint64_t clusters=1):
+        """Count one reference to each cluster of a run; those outside the window are passed over. Returns the clusters that overflowed."""
+        cdef uint64_t i = max(cluster, self.first)
+        cdef uint64_t end = min(cluster + clusters, self.first + self.clusters)
+        cdef list overflowed = []
+        while i < end:
+            if not _count(self.counted + (i - self.first), self.limit, True):
+                overflowed.append(i)
+            i += 1
+        return overflowed
+
+    def get(self, uint64_t cluster):
+        """(stored, counted) of a cluster in the window."""
+        if cluster - self.first >= self.clusters:
+            raise IndexError(cluster)
+        return self.stored[cluster - self.first], self.counted[cluster - self.first]
+
+    def mismatch(self, uint64_t cluster):
+        """The next run at or after `cluster` whose two counts differ in the same way: (cluster, clusters, stored, counted), or None."""
+        cdef uint64_t i = max(cluster, self.first) - self.first
+        cdef uint64_t start
+        with nogil:
+            while i < self.clusters and (self.stored[i] == self.counted[i] or self.stored[i] == UNREADABLE_COUNT):
+                i += 1
+            start = i
+            while i < self.clusters and self.stored[i] == self.stored[start] and self.counted[i] == self.counted[start]:
+                i += 1
+        if start >= self.clusters:
+            return None
+        return start + self.first, i - start, self.stored[start], self.counted[start]
+
+    def highest(self):
+        """The highest cluster that is counted or referenced, or -1."""
+        cdef uint64_t i = self.clusters
+        with nogil:
+            while i > 0 and ((self.stored[i - 1] == 0 and self.counted[i - 1] == 0)
+                             or self.stored[i - 1] == UNREADABLE_COUNT):
+                i -= 1
+        return <object>(i + self.first) - 1 if i else -1
+
+    def scan(self, table, *, int cluster_bits, bint extended, bint data_file, uint64_t file_length, bint active, bint shared):
+        """Count what a whole L2 table refers to in this window.
+
+        Returns (odd, overflowed, allocated, compressed, fragmented): the indexes of entries that break a rule, which were *not* counted and
+        are for the caller to judge; (index, cluster) pairs beyond the refcount width; and three totals over all entries.
+        `active`: hold the copied flag against the stored refcount. `shared`: other threads count into this object now.
+        """
+        cdef Py_buffer view
+        cdef Py_ssize_t i, n, step = 2 if extended else 1
+        cdef uint64_t word, offset, k, last, bitmap = 0, follows = 0, allocated = 0, compressed = 0, fragmented = 0
+        cdef uint64_t cluster = <uint64_t>1 << cluster_bits
+        cdef uint64_t eof = (file_length + cluster - 1) >> cluster_bits
+        cdef uint64_t bad = RESERVED | (OFFSET & (cluster - 1))
+        cdef int place = 70 - cluster_bits
+        cdef uint64_t stream = ((<uint64_t>1 << place) - 1)
+        cdef uint32_t stored
+        cdef const uint64_t *words
+        cdef list odd = [], overflowed = []
+        PyObject_GetBuffer(table, &view, PyBUF_SIMPLE)
+        try:
+            words = <const uint64_t *>view.buf
+            n = view.len // (8 * step)
+            with nogil:
+                for i in range(n):
+                    word = be64toh(words[i * step])
+                    if extended:
+                        bitmap = be64toh(words[i * step + 1])
+                    if word == 0 and bitmap == 0:
+                        continue
+                    if word & COMPRESSED:
+                        offset = word & stream
+                        if data_file or bitmap:
+                            if self.first == 0:
+                                with gil:
+                                    odd.append(i)
+                            continue
+                        allocated += 1
+                        compressed += 1
+                        fragmented += 1
+                        k = offset >> cluster_bits
+                        last = (((offset | 511) + 512 * ((word & ~(COPIED | COMPRESSED)) >> place))) >> cluster_bits
+                        if last >= eof or word & COPIED:
+                            with gil:
+                                odd.append(i)
+                            continue
+                        while k <= last:
+                            if k - self.first < self.clusters and not _count(self.counted + (k - self.first), self.limit, shared):
+                                with gil:
+                                    overflowed.append((i, k))
+                            k += 1
+                        continue
+                    offset = word & OFFSET
+                    if offset == 0 and not (data_file and word & COPIED and (extended or not word & ZERO)):
+                        if self.first == 0 and (word & RESERVED or bitmap & LOW):
+                            with gil:
+                                odd.append(i)
+                        continue
+                    allocated += 1
+                    if follows and follows != offset:
+                        fragmented += 1
+                    follows = offset + cluster
+                    k = offset >> cluster_bits
+                    if word & bad or (bitmap >> 32) & bitmap or (not data_file and k >= eof):
+                        with gil:
+                            odd.append(i)
+                        continue
+                    if data_file:
+                        if active and not word & COPIED and self.first == 0:
+                            with gil:
+                                odd.append(i)
+                        continue
+                    if k - self.first >= self.clusters:
+                        continue
+                    stored = self.stored[k - self.first]
+                    if active and (stored == 1) != (word >= COPIED) and stored != UNREADABLE_COUNT:
+                        with gil:
+                            odd.append(i)
+                        continue
+                    if not _count(self.counted + (k - self.first), self.limit, shared):
+                        with gil:
+                            overflowed.append((i, k))
+        finally:
+            PyBuffer_Release(&view)
+        return odd, overflowed, allocated, compressed, fragmented
+
+
+def claims(table, wanted, *, int cluster_bits, bint extended):
+    """(index, cluster) of each entry of an L2 table that refers to one of the `wanted` clusters: a sorted array of unsigned 64-bit numbers."""
+    cdef Py_buffer view, sought
+    cdef Py_ssize_t i, n, low, high, middle, step = 2 if extended else 1
+    cdef uint64_t word, k, last
+    cdef int place = 70 - cluster_bits
+    cdef const uint64_t *words
+    cdef const uint64_t *keys
+    cdef list found = []
+    PyObject_GetBuffer(table, &view, PyBUF_SIMPLE)
+    try:
+        PyObject_GetBuffer(wanted, &sought, PyBUF_SIMPLE)
+    except BaseException:
+        PyBuffer_Release(&view)
+        raise
+    words = <const uint64_t *>view.buf
+    keys = <const uint64_t *>sought.buf
+    n = view.len // (8 * step)
+    with nogil:
+        for i in range(n):
+            word = be64toh(words[i * step])
+            if word & COMPRESSED:
+                k = word & ((<uint64_t>1 << place) - 1)
+                last = ((k | 511) + 512 * ((word & ~(COPIED | COMPRESSED)) >> place)) >> cluster_bits
+                k >>= cluster_bits
+            else:
+                k = word & OFFSET
+                if k == 0:
+                    continue
+                last = (k + (<uint64_t>1 << cluster_bits) - 1) >> cluster_bits
+                k >>= cluster_bits
+            low = 0
+            high = sought.len // 8
+            while low < high:
+                middle = (low + high) >> 1
+                if keys[middle] < k:
+                    low = middle + 1
+                else:
+                    high = middle
+            while low < sought.len // 8 and keys[low] <= last:
+                with gil:
+                    found.append((i, keys[low]))
+                low += 1
+    PyBuffer_Release(&view)
+    PyBuffer_Release(&sought)
+    return found
