@@ -5,33 +5,35 @@ The public door. `open` gives an Image; everything else here is what an Image ta
 
 from __future__ import annotations
 
-from cowslice.errors import (
-    BadOption,
-    Closed,
-    CorruptImage,
-    CowsliceError,
-    CryptoError,
-    ImageError,
-    InternalError,
-    LocalProtocolError,
-    Locked,
-    MalformedImage,
-    NoSpace,
-    NotAnImage,
-    OutOfRange,
-    ProtocolError,
-    ReadOnly,
-    ReferenceRefused,
-    RemoteProtocolError,
-    RequestError,
-    ShortRead,
-    StorageError,
-    UnsupportedImage,
-)
-from cowslice.image.gate import Deny, DenyGate, FolderGate, Gate, Permit, PermitGate, Reference, Role
-from cowslice.image.image import Image
-from cowslice.image.image import open_image as open
-from cowslice.image.mapping import Extent
+TYPE_CHECKING = False  # what is public is imported when it is asked for: `import cowslice` costs nothing
+if TYPE_CHECKING:
+    from cowslice.errors import (
+        BadOption,
+        Closed,
+        CorruptImage,
+        CowsliceError,
+        CryptoError,
+        ImageError,
+        InternalError,
+        LocalProtocolError,
+        Locked,
+        MalformedImage,
+        NoSpace,
+        NotAnImage,
+        OutOfRange,
+        ProtocolError,
+        ReadOnly,
+        ReferenceRefused,
+        RemoteProtocolError,
+        RequestError,
+        ShortRead,
+        StorageError,
+        UnsupportedImage,
+    )
+    from cowslice.image.gate import Deny, DenyGate, FolderGate, Gate, Permit, PermitGate, Reference, Role
+    from cowslice.image.image import Image
+    from cowslice.image.image import open_image as open
+    from cowslice.image.mapping import Extent
 
 __version__ = "0.1.0"
 
@@ -69,3 +71,25 @@ __all__ = [
     "UnsupportedImage",
     "open",
 ]
+
+_HOMES = {
+    "Image": "cowslice.image.image",
+    "Extent": "cowslice.image.mapping",
+    **dict.fromkeys(("DenyGate", "Deny", "FolderGate", "Gate", "Permit", "PermitGate", "Reference", "Role"),
+                    "cowslice.image.gate"),
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'cowslice' has no attribute '{name}'")
+    from importlib import import_module
+
+    home = import_module("cowslice.image.image" if name == "open" else _HOMES.get(name, "cowslice.errors"))
+    found: object = getattr(home, "open_image" if name == "open" else name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

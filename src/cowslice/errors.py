@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import errno as codes
 import os
-from typing import Any
+
+TYPE_CHECKING = False  # typing takes longer to import than a check of a sound image
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class CowsliceError(Exception):

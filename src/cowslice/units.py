@@ -5,8 +5,6 @@ Suffixes are powers of 1024, as in qemu-img: `b` (ignored), `k`, `M`, `G`, `T`, 
 
 from __future__ import annotations
 
-import re
-
 from cowslice.errors import BadOption
 
 KiB = 1 << 10
@@ -17,7 +15,7 @@ SECTOR = 512
 
 _SUFFIXES = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 # No size has more than 19 digits; a longer number is not worth the time that reading it takes.
-_SIZE = re.compile(r"\s*(\d{1,19})(\.\d{1,19})?\s*(?:([kmgtpe])(?:i?b)?|b)?\s*", re.IGNORECASE | re.ASCII)
+_SIZE = r"\s*(\d{1,19})(\.\d{1,19})?\s*(?:([kmgtpe])(?:i?b)?|b)?\s*"
 _NAMES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
@@ -47,7 +45,9 @@ def parse_size(text: str | int, name: str = "size") -> int:
 
 
 def _size_of_words(text: str, name: str) -> int:
-    match = _SIZE.fullmatch(text)
+    import re  # here, because `check` of a sound image ends before re would be imported
+
+    match = re.fullmatch(_SIZE, text, re.IGNORECASE | re.ASCII)
     if not match:
         raise BadOption(f"{name} is '{text}', expected a size such as 65536, 64k, 1.5G or 2T")
     whole, fraction, suffix = match.groups(default="")
