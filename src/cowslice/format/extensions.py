@@ -13,7 +13,7 @@ from enum import IntEnum
 
 from cowslice.errors import BadOption
 from cowslice.format.findings import Fault, Finding, escaped, raise_first
-from cowslice.format.limits import FEATURE_NAME_LENGTH
+from cowslice.format.limits import FEATURE_NAME_LENGTH, MAX_EXTENSIONS
 from cowslice.units import round_up
 
 WHERE = "header extensions"
@@ -115,6 +115,9 @@ def unpack_extensions(data: bytes, start: int, end: int) -> tuple[tuple[Extensio
         body = offset + _RECORD.size
         if kind == ExtensionType.END:
             return tuple(found), body, []
+        if len(found) == MAX_EXTENSIONS:
+            message = f"there are more than {MAX_EXTENSIONS} header extensions"
+            return tuple(found), offset, [Finding(Fault.MALFORMED, message, WHERE, "type", offset)]
         if length > end - body:
             message = f"extension {kind:#010x} has a length of {length} bytes, but only {end - body} are left for it"
             return tuple(found), offset, [Finding(Fault.MALFORMED, message, WHERE, "length", offset + 4)]

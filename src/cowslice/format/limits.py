@@ -59,7 +59,10 @@ MAX_BITMAP_GRANULARITY_BITS: Final = 31
 # is read whole before anything of it can be trusted).
 MAX_CRYPTO_HEADER_BYTES: Final = 16 * MiB
 
+# Header extensions in one image: five types are known, and a 2 MiB cluster could hold 262144 empty ones (ours).
+MAX_EXTENSIONS: Final = 4096
+
 # Untrusted text is cut to this many characters when it is quoted in a message (ours: a message is one line).
 MAX_QUOTED_TEXT: Final = 200
-# Findings of one kind in one structure; a first cluster can hold 262144 bad records (ours: bounded memory).
+# Findings about one kind of structure, so that a hostile image cannot make a report of any length (ours).
 MAX_FINDINGS: Final = 256
