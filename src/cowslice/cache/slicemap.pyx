@@ -13,6 +13,7 @@ A directory word is one of
   pointer | 3           packed: a Slice, 16-byte aligned
 """
 
+cimport cython
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
@@ -90,6 +91,7 @@ cdef inline void unstow(const Slice *held, uint8_t cluster_bits, uint8_t entry_b
     shape.entry_bits = entry_bits
 
 
+@cython.no_gc_clear  # the policy must still be there in __dealloc__: the collector would take it away before
 cdef class SliceCache:
     """The memory that the maps of one chain share: `budget` bytes, a replacement policy, one lock, counters.
 
