@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 import cowslice
+from cowslice.ops.check import check
+from cowslice.storage import FileStorage
 from cowslice.testing import peers, recipes
 from cowslice.testing.fixtures import Fixture, load_manifest, sample
 
@@ -20,6 +22,8 @@ pytestmark = peers.needs("qemu-img", "qemu-io")
 
 ROWS = load_manifest(Path(__file__).with_name("matrix.tsv"))
 SAMPLED = sample(400, seed=20261123)
+COUNTS = ("check-errors", "corruptions", "leaks", "image-end-offset", "total-clusters", "allocated-clusters",
+          "fragmented-clusters", "compressed-clusters")  # fmt: skip
 SHAPES = 40  # reads of a random place and length for each image
 
 
@@ -89,6 +93,14 @@ def test_each_snapshot_reads_as_qemu_reads_it(judged: Judged) -> None:
             content = disk.read(0, disk.size)
         assert guest.differs(content) is None
         _same(content, _converted(judged.made, "-l", f"snapshot.name={name}"))
+
+
+def test_check_counts_what_qemu_img_check_counts(judged: Judged) -> None:
+    checked = peers.qemu_img_json("check", *judged.made.qemu_source, expect=(0, 2, 3))
+    with FileStorage(judged.made.path) as storage:
+        report = check(storage)
+    ours = {name: getattr(report, name.replace("-", "_")) for name in COUNTS}
+    assert ours == {name: checked.get(name, 0) for name in COUNTS}, report.findings
 
 
 def _same(ours: bytes, theirs: bytes, start: int = 0) -> None:
