@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -165,6 +164,8 @@ class Image:
             for number in undone:
                 complete(number)
             return
+        from concurrent.futures import ThreadPoolExecutor  # only here: start-up stays light
+
         with ThreadPoolExecutor(min(depth, len(undone), MAX_THREADS)) as pool:
             for _ in pool.map(complete, undone):
                 pass

@@ -60,7 +60,7 @@ class Qcow2Layer(Layer):
         self.l1 = l1
         self.slices = slices
         self.cipher = cipher
-        self._inflate = inflate
+        self.inflate = inflate
         self._has_data = data is not None
         self._data_file = first.header.has_data_file
         self._version = first.header.version
@@ -101,7 +101,7 @@ class Qcow2Layer(Layer):
         elif piece.kind is Kind.COMPRESSED:
             within = self.geometry.in_cluster(piece.start)
             # Never deciphered: QEMU stores compressed clusters of encrypted images in clear.
-            buffer[:] = self._inflate(piece.host, piece.stored)[within : within + piece.length]
+            buffer[:] = self.inflate(piece.host, piece.stored)[within : within + piece.length]
         else:
             fill_zeros(buffer)
 
