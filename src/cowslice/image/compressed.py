@@ -1,0 +1,356 @@
+"""Compressed clusters: read in neighbourly batches, decompressed on all cores, kept decompressed for a while.
+
+It does not know guest offsets: a cluster is named by where its stream begins in a storage and how long it can be.
+No lock is held while anything is read or decompressed, a cluster wanted by many threads is decompressed once, and a
+failure is told to those who waited for it and then forgotten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+from cowslice.codec.compression import decompress_cluster
+from cowslice.errors import BadOption, CorruptImage, OutOfRange
+from cowslice.storage.spans import MergedRead, plan_merged_reads
+from cowslice.units import KiB, MiB, div_ceil
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from cowslice.storage.base import Storage
+
+# 128 clusters of 64 KiB: a few sequential readers, or the hot spot of a random one.
+DEFAULT_BUDGET = 8 * MiB
+# A batch is one read and then some 100 us of decompression for each stream of it: smaller than this, threads cost more
+# than they give; larger, one batch would keep the others waiting.
+LEAST_BATCH = 32 * KiB
+MOST_BATCH = MiB
+
+Key = tuple[int, int, int]
+Deliver = Callable[[int, bytes], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes wanted of one compressed cluster: `target` gets what begins `skip` bytes into it.
+
+    The stream lies in `length` bytes from `host_offset`. `target` is a writable view of bytes.
+    """
+
+    host_offset: int
+    length: int
+    skip: int
+    target: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedStatistics:
+    """What a cache did so far. `used` and `budget` are bytes; `read_bytes` were compressed, in `reads` reads."""
+
+    hits: int
+    misses: int
+    joined: int
+    evictions: int
+    reads: int
+    read_bytes: int
+    used: int
+    budget: int
+
+
+class _Flight:
+    """One cluster on its way. `data` is set only if somebody else waits, so that a large request holds no clusters.
+
+    Neither `data` nor `error` after `landed` means that its thread gave up: try again.
+    """
+
+    __slots__ = ("awaited", "data", "error", "keep", "key", "landed", "number")
+
+    def __init__(self, key: Key, number: int, keep: bool) -> None:
+        self.key = key
+        self.number = number
+        self.keep = keep
+        self.awaited = False
+        self.data: bytes | None = None
+        self.error: Exception | None = None
+        self.landed = threading.Event()
+
+
+class DecompressedCache:
+    """Decompressed clusters of all layers of one chain: at most `budget` bytes, the least recently used goes first.
+
+    With a budget of 0 nothing is kept, but threads still share what is under way.
+    """
+
+    def __init__(self, budget: int = DEFAULT_BUDGET) -> None:
+        if budget < 0:
+            raise BadOption(f"the budget for decompressed clusters is {budget}, expected zero or more bytes")
+        self._budget = budget
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[Key, bytes] = OrderedDict()
+        self._flights: dict[Key, _Flight] = {}
+        self._layers = itertools.count()
+        self._used = 0
+        self._hits = self._misses = self._joined = self._evictions = 0
+        self._reads = self._read_bytes = 0
+
+    def statistics(self) -> CompressedStatistics:
+        """Return the counters as they are now."""
+        with self._lock:
+            return CompressedStatistics(
+                hits=self._hits,
+                misses=self._misses,
+                joined=self._joined,
+                evictions=self._evictions,
+                reads=self._reads,
+                read_bytes=self._read_bytes,
+                used=self._used,
+                budget=self._budget,
+            )
+
+    def trim(self) -> int:
+        """Give all memory back; return how many bytes."""
+        with self._lock:
+            freed, self._used = self._used, 0
+            self._kept.clear()
+            return freed
+
+    def new_layer(self) -> int:
+        """A number that tells the clusters of one layer from those of others."""
+        return next(self._layers)
+
+    def look(self, key: Key) -> bytes | None:
+        """The cluster, if it is kept."""
+        with self._lock:
+            data = self._kept.get(key)
+            if data is not None:
+                self._hits += 1
+                self._kept.move_to_end(key)
+            return data
+
+    def claim(self, key: Key, number: int, keep: bool) -> tuple[bytes | None, _Flight, bool]:
+        """The kept cluster; else its flight, and whether the caller is the one who must land it."""
+        with self._lock:
+            flight = self._flights.get(key)
+            data = self._kept.get(key)
+            if data is not None:
+                self._hits += 1
+                self._kept.move_to_end(key)
+                return data, _NO_FLIGHT, False
+            if flight is not None:
+                self._joined += 1
+                flight.keep = flight.keep or keep
+                flight.awaited = True
+                return None, flight, False
+            self._misses += 1
+            flight = self._flights[key] = _Flight(key, number, keep)
+            return None, flight, True
+
+    def land(self, flight: _Flight, data: bytes | None, error: Exception | None = None) -> None:
+        """End a flight: with its cluster, with an error, or with neither."""
+        with self._lock:
+            if self._flights.get(flight.key) is flight:
+                del self._flights[flight.key]
+            flight.error = error
+            flight.data = data if flight.awaited else None
+            if data is not None and flight.keep and len(data) <= self._budget:
+                self._keep(flight.key, data)
+        flight.landed.set()
+
+    def count_read(self, length: int) -> None:
+        """Note one read of compressed bytes."""
+        with self._lock:
+            self._reads += 1
+            self._read_bytes += length
+
+    def _keep(self, key: Key, data: bytes) -> None:
+        self._kept[key] = data
+        self._used += len(data)
+        while self._used > self._budget:
+            _, gone = self._kept.popitem(last=False)
+            self._used -= len(gone)
+            self._evictions += 1
+
+
+_NO_FLIGHT = _Flight((-1, 0, 0), -1, False)
+
+
+class CompressedClusters:
+    """The compressed clusters of one layer. May be used by many threads at once.
+
+    `kind` is the header's compression_type. `shared` is the cache of the chain; without one the layer has its own.
+    """
+
+    def __init__(
+        self, storage: Storage, *, kind: int, cluster_size: int, shared: DecompressedCache | None = None
+    ) -> None:
+        self._storage = storage
+        self._kind = kind
+        self._cluster_size = cluster_size
+        self._cache = DecompressedCache() if shared is None else shared
+        self._layer = self._cache.new_layer()
+
+    def cluster(self, host_offset: int, length: int) -> bytes:
+        """Return the whole cluster whose stream lies in `length` bytes from `host_offset`.
+
+        Raises CorruptImage if the stream is damaged, UnsupportedImage for an unknown kind, StorageError.
+        """
+        data = self._cache.look((self._layer, host_offset, length))
+        return self.clusters([(host_offset, length)])[0] if data is None else data
+
+    def clusters(self, spans: Sequence[tuple[int, int]], *, keep: bool = True) -> list[bytes]:
+        """Return the cluster of each (host offset, length), in the given order. Raises as `cluster`."""
+        found = [b""] * len(spans)
+        self._provide(spans, found.__setitem__, keep)
+        return found
+
+    def fill(self, parts: Sequence[Part], *, keep: bool = True) -> None:
+        """Fill the target of every part; several threads copy. Without `keep` nothing new stays in the cache.
+
+        Raises as `cluster`, for the first part that failed; then the content of all targets is unknown.
+        """
+
+        def deliver(number: int, data: bytes) -> None:
+            part = parts[number]
+            part.target[:] = memoryview(data)[part.skip : part.skip + len(part.target)]
+
+        self._provide([(part.host_offset, part.length) for part in parts], deliver, keep)
+
+    def _provide(self, spans: Sequence[tuple[int, int]], deliver: Deliver, keep: bool) -> None:
+        """Deliver every cluster: the kept ones, then those that are ours to load, then those that others load.
+
+        Nobody waits before all of his own flights have landed, so nobody waits in a circle.
+        """
+        own: list[_Flight] = []
+        others: list[tuple[int, _Flight]] = []
+        try:
+            for number, (offset, length) in enumerate(spans):
+                _check(offset, length)
+                data, flight, mine = self._cache.claim((self._layer, offset, length), number, keep)
+                if data is not None:
+                    deliver(number, data)
+                elif mine:
+                    own.append(flight)
+                else:
+                    others.append((number, flight))
+            self._load(own, deliver)
+        finally:
+            for flight in own:
+                if not flight.landed.is_set():
+                    self._cache.land(flight, None)
+        for flight in own:
+            if flight.error is not None:
+                raise flight.error
+        for number, flight in others:
+            self._join(flight, number, deliver, keep)
+
+    def _join(self, flight: _Flight, number: int, deliver: Deliver, keep: bool) -> None:
+        flight.landed.wait()
+        if flight.error is not None:
+            raise flight.error
+        if flight.data is not None:
+            deliver(number, flight.data)
+        else:
+            deliver(number, self.clusters([flight.key[1:]], keep=keep)[0])
+
+    def _load(self, flights: Sequence[_Flight], deliver: Deliver) -> None:
+        """Land all flights. Batches are spread over the cores; what is near in the storage is read together."""
+        spans = [flight.key[1:] for flight in flights]
+        fair = div_ceil(sum(length for _, length in spans), cores())
+        gap = self._storage.read_gap  # what is cheaper to read than to ask for apart is never worth splitting
+        batches = plan_merged_reads(spans, gap=gap, most=max(min(max(fair, LEAST_BATCH), MOST_BATCH), gap))
+        run_together(batches, lambda batch: self._load_batch(batch, flights, deliver))
+
+    def _load_batch(self, batch: MergedRead, flights: Sequence[_Flight], deliver: Deliver) -> None:
+        members = [flights[member] for member in batch.members]
+        buffer = bytearray(batch.length)
+        try:
+            self._storage.read_into(batch.offset, buffer)
+        except Exception as error:
+            self._load_apart(members, error, deliver)
+            return
+        self._cache.count_read(batch.length)
+        view = memoryview(buffer)
+        for flight in members:
+            at = flight.key[1] - batch.offset
+            self._land(flight, view[at : at + flight.key[2]], deliver)
+
+    def _load_apart(self, members: Sequence[_Flight], error: Exception, deliver: Deliver) -> None:
+        """After a failed read of several streams: the fault of one must not fail its neighbours."""
+        if len(members) == 1:
+            self._cache.land(members[0], None, error)
+            return
+        for flight in members:
+            _, offset, length = flight.key
+            self._load_batch(MergedRead(offset, length, (0,)), [flight], deliver)
+
+    def _land(self, flight: _Flight, payload: memoryview, deliver: Deliver) -> None:
+        try:
+            data = decompress_cluster(self._kind, payload, self._cluster_size)
+            deliver(flight.number, data)
+        except CorruptImage as error:
+            self._cache.land(flight, None, self._located(error, flight.key))
+        except Exception as error:
+            self._cache.land(flight, None, error)
+        else:
+            self._cache.land(flight, data)
+
+    def _located(self, error: CorruptImage, key: Key) -> CorruptImage:
+        where = f"at host offset {key[1]:#x} of '{self._storage.name}', at most {key[2]} bytes long"
+        return CorruptImage(f"{error} ({where})", structure=error.structure, offset=key[1])
+
+
+def _check(host_offset: int, length: int) -> None:
+    if host_offset < 0 or length < 1:
+        raise OutOfRange(f"a stream of {length} bytes at host offset {host_offset} asked, expected at least 1 byte")
+
+
+def run_together(items: Iterable[MergedRead], work: Callable[[MergedRead], None]) -> None:
+    """Do `work` for all items, in this thread and in those of the pool that are free; return when all is done.
+
+    This thread takes items like the others, so it never waits for a pool that is busy elsewhere. `work` must not raise.
+    """
+    waiting = deque(items)
+
+    def drain() -> None:
+        while True:
+            try:
+                item = waiting.popleft()
+            except IndexError:
+                return
+            work(item)
+
+    futures = []
+    with contextlib.suppress(RuntimeError):  # the interpreter is ending: no new threads
+        futures += [_pool().submit(drain) for _ in range(min(len(waiting), cores()) - 1)]
+    try:
+        drain()
+    finally:
+        waiting.clear()
+        for future in futures:
+            if not future.cancel():
+                future.result()
+
+
+@cache
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """The threads that all images of the process share: one less than there are cores, as the caller works too."""
+    from concurrent.futures import ThreadPoolExecutor  # only here: start-up stays light
+
+    return ThreadPoolExecutor(max(cores() - 1, 1), "cowslice-decompress")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
