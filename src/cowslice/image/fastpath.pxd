@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from cowslice.cache.slicemap cimport SliceMap
+from cowslice.cache.slicemap cimport SliceCache, SliceMap
 
 # One layer as the compiled path sees it. `map` is NULL for a raw file; FastPath keeps the maps alive.
 cdef struct PlainLayer:
@@ -25,17 +25,21 @@ cdef struct Target:
 cdef class FastPath:
     cdef PlainLayer *layers
     cdef uint32_t depth
+    cdef uint32_t maps_count
     cdef list maps
+    cdef SliceCache cache   # shared by all maps; None where every layer is raw
     cdef readonly uint64_t size
     cdef int active
     cdef bint closed
     cdef PlainLayer *grow(self) except NULL
-    cdef bint locate(self, uint64_t offset, uint64_t want, Target *out) noexcept nogil
-    cdef bint in_layer(self, PlainLayer *layer, uint64_t offset, uint64_t *want, Target *out, bint *below) noexcept nogil
+    cdef bint locate(self, uint64_t offset, uint64_t want, bint held, Target *out) noexcept nogil
+    cdef bint in_layer(self, PlainLayer *layer, uint64_t offset, uint64_t *want, bint held, Target *out, bint *below) noexcept nogil
     cdef bint in_subclusters(self, PlainLayer *layer, uint64_t word, uint64_t bitmap, uint64_t offset, uint64_t *want, Target *out, bint *below) noexcept nogil
     cdef bint to_host(self, PlainLayer *layer, uint64_t word, uint64_t offset, Target *out) noexcept nogil
     cdef uint64_t read_span(self, uint64_t offset, uint8_t *buffer, uint64_t length) noexcept nogil
     cdef void read_batch(self, Batch batch) noexcept nogil
+    cdef void read_some(self, Batch batch, int64_t first, int64_t end) noexcept nogil
+    cdef void locate_some(self, Batch batch, int64_t first, int64_t end, Target *targets) noexcept nogil
     cdef fill_batch(self, Batch batch, Py_buffer *where, Py_buffer *into, uint64_t length)
     cdef run_batch(self, Batch batch, int depth)
 

@@ -13,7 +13,7 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memset
 
 from cowslice.cache.packing cimport Mapped
-from cowslice.cache.slicemap cimport FOUND, SliceMap
+from cowslice.cache.slicemap cimport FOUND, SliceMap, pthread_mutex_t
 
 import threading
 
@@ -25,6 +25,10 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef extern from "<malloc.h>" nogil:
     void *memalign(size_t alignment, size_t size)
+
+cdef extern from "<pthread.h>" nogil:
+    int pthread_mutex_lock(pthread_mutex_t *)
+    int pthread_mutex_unlock(pthread_mutex_t *)
 
 cdef extern from *:
     int trailing_zeros "__builtin_ctzll"(uint64_t) noexcept nogil
@@ -117,6 +121,8 @@ cdef class FastPath:
         layer.data_file = data_file
         layer.opaque = opaque
         self.maps.append(slices)
+        self.cache = slices.cache
+        self.maps_count += 1
         self.size = self.layers[0].size
 
     def add_raw(self, *, uint64_t size, data):
@@ -129,8 +135,11 @@ cdef class FastPath:
 
     # -- translation ------------------------------------------------------------------------------------------------
 
-    cdef bint locate(self, uint64_t offset, uint64_t want, Target *out) noexcept nogil:
-        """Find the layer that answers for `offset`. False: not for this path. Fills at least one byte's worth."""
+    cdef bint locate(self, uint64_t offset, uint64_t want, bint held, Target *out) noexcept nogil:
+        """Find the layer that answers for `offset`, and for how much of `want`. False: not for this path.
+
+        With the cache's lock `held` nothing is loaded: False then also means that a slice is not resident.
+        """
         cdef uint32_t i
         cdef bint below
         out.layer = NULL
@@ -139,17 +148,18 @@ cdef class FastPath:
                 break
             if want > self.layers[i].size - offset:
                 want = self.layers[i].size - offset
-            if not self.in_layer(&self.layers[i], offset, &want, out, &below):
+            if not self.in_layer(&self.layers[i], offset, &want, held, out, &below):
                 return False
             if not below:
                 return True
         out.length = want
         return True
 
-    cdef bint in_layer(self, PlainLayer *layer, uint64_t offset, uint64_t *want, Target *out, bint *below) noexcept nogil:
+    cdef bint in_layer(self, PlainLayer *layer, uint64_t offset, uint64_t *want, bint held, Target *out, bint *below) noexcept nogil:
         """What one layer says of the bytes at `offset`; `want` shrinks to how far that holds."""
         cdef Mapped m
-        cdef uint64_t within, clusters, reach
+        cdef uint64_t within, cluster, clusters, reach
+        cdef uint32_t run
         below[0] = False
         if layer.map == NULL:
             out.layer = layer
@@ -158,7 +168,12 @@ cdef class FastPath:
             return layer.fd >= 0
         within = offset & ((<uint64_t> 1 << layer.cluster_bits) - 1)
         clusters = (within + want[0] - 1 >> layer.cluster_bits) + 1
-        if (<SliceMap> layer.map).resolve(offset >> layer.cluster_bits, <uint32_t> (clusters if clusters < 0x7FFFFFFF else 0x7FFFFFFF), &m) != FOUND:
+        run = <uint32_t> (clusters if clusters < 0x7FFFFFFF else 0x7FFFFFFF)
+        cluster = offset >> layer.cluster_bits
+        if held:
+            if (<SliceMap> layer.map).peek(cluster, run, &m) != FOUND:
+                return False
+        elif (<SliceMap> layer.map).resolve(cluster, run, &m) != FOUND:
             return False
         if m.word & COMPRESSED:
             return False
@@ -212,7 +227,7 @@ cdef class FastPath:
         cdef uint64_t done = 0
         cdef Target target
         while done < length:
-            if not self.locate(offset + done, length - done, &target):
+            if not self.locate(offset + done, length - done, False, &target):
                 break
             if target.layer == NULL:
                 memset(buffer + done, 0, target.length)
@@ -303,11 +318,38 @@ cdef class FastPath:
             self.active -= 1
 
     cdef void read_batch(self, Batch batch) noexcept nogil:
-        cdef int64_t i, first = fetch_add(&batch.next, CLAIM)
+        cdef int64_t first = fetch_add(&batch.next, CLAIM)
         while first < batch.count:
-            for i in range(first, min(first + CLAIM, batch.count)):
-                batch.undone[i] = self.read_span(batch.offsets[i], batch.out + i * batch.length, batch.length) < batch.length
+            self.read_some(batch, first, min(first + CLAIM, batch.count))
             first = fetch_add(&batch.next, CLAIM)
+
+    cdef void read_some(self, Batch batch, int64_t first, int64_t end) noexcept nogil:
+        """Translate what is resident under one lock, then read; the rest goes one by one."""
+        cdef Target targets[CLAIM]
+        cdef Target *target
+        cdef uint8_t *out
+        cdef int64_t i
+        self.locate_some(batch, first, end, targets)
+        for i in range(first, end):
+            target = &targets[i - first]
+            out = batch.out + i * batch.length
+            if target.length < batch.length:
+                batch.undone[i] = self.read_span(batch.offsets[i], out, batch.length) < batch.length
+            elif target.layer == NULL:
+                memset(out, 0, batch.length)
+            else:
+                batch.undone[i] = not read_host(target.layer, out, batch.length, target.host)
+
+    cdef void locate_some(self, Batch batch, int64_t first, int64_t end, Target *targets) noexcept nogil:
+        """A target's length is 0 where it could not be told at once."""
+        cdef int64_t i
+        if self.maps_count:
+            pthread_mutex_lock(&self.cache.lock)
+        for i in range(first, end):
+            if not self.locate(batch.offsets[i], batch.length, True, &targets[i - first]):
+                targets[i - first].length = 0
+        if self.maps_count:
+            pthread_mutex_unlock(&self.cache.lock)
 
     def close(self):
         """Refuse new reads and wait for those under way."""
