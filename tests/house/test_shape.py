@@ -29,7 +29,8 @@ _CYTHON_FUNCTION = re.compile(r"^(\s*)(?:def|cpdef|cdef)\b(?!\s+(?:class|struct|
 
 @pytest.mark.parametrize("path", SOURCES, ids=shown)
 def test_a_file_is_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= LONGEST_FILE
+    lines = path.read_text().count("\n")
+    assert lines <= LONGEST_FILE
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=shown)
@@ -40,7 +41,8 @@ def test_a_function_is_short(path: Path) -> None:
 
 @pytest.mark.parametrize("module", modules().values(), ids=str)
 def test_a_module_opens_by_saying_what_it_is(module: Module) -> None:
-    assert re.match(r'(#.*\n)*\s*r?"""\w', module.path.read_text()), f"{module.path.name} has no docstring"
+    opening = re.sub(r"\A(#.*\n)+", "", module.path.read_text())[:100]
+    assert re.match(r'r?"""\S', opening)
 
 
 @pytest.mark.parametrize("module", modules().values(), ids=str)
