@@ -20,18 +20,19 @@ def _drawing(heading: str) -> list[str]:
 def _drawn_files() -> dict[str, str]:
     """What each drawn file is said to be, by its path below the package."""
     files: dict[str, str] = {}
-    room = ""
+    rooms = [""]
     for line in _drawing("Rooms")[1:]:
         indent, name, words = re.fullmatch(r"( +)(\S+) *(.*)", line).groups()
-        if name.endswith("/"):
-            room = name
-        files[name if len(indent) == 2 else room + name] = words
+        depth = len(indent) // 2
+        path = rooms[depth - 1] + name
+        rooms[depth:] = [path]
+        files[path] = words
     return files
 
 
 def _files() -> set[str]:
     paths = {module.path.relative_to(PACKAGE) for module in modules().values()}
-    rooms = {f"{path.parts[0]}/" for path in paths if path.parts[1:]}
+    rooms = {f"{parent}/" for path in paths for parent in path.parents if parent.name}
     return {str(path) for path in paths if path.name != "__init__.py"} | rooms
 
 
