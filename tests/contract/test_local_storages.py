@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from cowslice.storage import CountingStorage, FileStorage, LimitedStorage, MemoryStorage, Storage, WindowStorage
 from cowslice.testing.contracts import Make, ReadOnlyStorageContract, WritableStorageContract, numbered_paths
 from cowslice.testing.faults import FaultyStorage, HeldStorage, SlowStorage
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 
 def file_maker(folder: Path, *, direct: bool, writable: bool, before: bytes = b"") -> Make:
@@ -92,3 +96,37 @@ class TestReleased(WritableStorageContract):
             return held
 
         return make
+
+
+class Minimal(Storage):
+    """Only what the contract demands of a driver: all else is the shared default."""
+
+    name = "minimal"
+    writable = True
+
+    def __init__(self, content: bytes) -> None:
+        self._below = MemoryStorage(content, name=self.name)
+
+    def pread(self, offset: int, buffer: memoryview) -> int:
+        return self._below.pread(offset, buffer)
+
+    def pwrite(self, offset: int, data: ReadableBuffer) -> None:
+        self._below.pwrite(offset, data)
+
+    def length(self) -> int:
+        return self._below.length()
+
+    def truncate(self, length: int) -> None:
+        self._below.truncate(length)
+
+    def sync(self) -> None:
+        self._below.sync()
+
+    def close(self) -> None:
+        self._below.close()
+
+
+class TestMinimalDriver(WritableStorageContract):
+    @pytest.fixture
+    def make(self) -> Make:
+        return Minimal

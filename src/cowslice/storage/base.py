@@ -72,6 +72,7 @@ class Storage(ABC):
         if not self.writable:
             raise self._read_only("discard from")
         check_span(offset, length)
+        self.length()  # only so that a closed one says so
 
     def extents(self, offset: int, length: int) -> Iterator[Span]:
         """Yield data and holes that cover exactly the span, ascending; all beyond the end is a hole."""

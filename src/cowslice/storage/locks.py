@@ -33,7 +33,9 @@ def lock_image(descriptor: int, name: str, *, writing: bool, force_share: bool =
     try:
         taken = _take(descriptor, used, unshared)
     except OSError as error:
-        raise StorageError.of(error, "lock", name) from error
+        fault = StorageError.of(error, "lock", name)
+        fault.hint = "Its file system may not support locks; open it without locking only if nobody else has it open."
+        raise fault from error
     if not taken:
         raise _refused(name, writing)
 
@@ -63,9 +65,9 @@ def _held_by_another(descriptor: int, byte: int) -> bool:
 
 
 def _refused(name: str, writing: bool) -> Locked:
-    doing, other = ("writing", "has it open") if writing else ("reading", "writes to it")
+    doing, why = ("writing", "open elsewhere") if writing else ("reading", "open for writing elsewhere")
     return Locked(
-        f"cannot open '{name}' for {doing}: another program {other}",
+        f"cannot open '{name}' for {doing}: it is {why}",
         errno=errno.EAGAIN,
         filename=name,
         hint=_HINT[writing],

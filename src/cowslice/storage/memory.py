@@ -49,10 +49,6 @@ class MemoryStorage(Storage):
         with self._lock:
             self._resize(length)
 
-    def discard(self, offset: int, length: int) -> None:
-        super().discard(offset, length)
-        self._open("discard from")
-
     def sync(self) -> None:
         self._open("sync")
 

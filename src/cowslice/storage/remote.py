@@ -142,9 +142,7 @@ class FsspecStorage(Storage):
             raise StorageError.of(error, doing, self.name) from error
         cause = error.__cause__ or error
         code = getattr(cause, "errno", None) or (errno.ENOENT if isinstance(error, FileNotFoundError) else 0)
-        reason = _PASSWORD.sub(r"\1:***@", str(cause)) or type(cause).__name__
-        if isinstance(cause, FileNotFoundError):
-            reason = "there is no such file"
+        reason = _reason(cause)
         raise StorageError(f"cannot {doing} '{self.name}': {reason}", errno=code, filename=self.name) from error
 
     def _not_installed(self, what: str) -> StorageError:
@@ -161,6 +159,15 @@ class FsspecStorage(Storage):
             filename=self.name,
             hint=_NO_RANGES,
         )
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, without the URL that many back ends repeat: it may carry a password."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if status := getattr(error, "status", 0):
+        return f"the server answered {status} {getattr(error, 'message', '')}".rstrip()
+    return _PASSWORD.sub(r"\1:***@", str(error)) or type(error).__name__
 
 
 def _batches(reads: Sequence[MergedRead]) -> Iterator[list[MergedRead]]:

@@ -100,7 +100,7 @@ class StorageContract:
     def test_any_span_reads_as_written(self, storage: Storage, span: tuple[int, int]) -> None:
         assert storage.read(*span) == expected(CONTENT, *span)
 
-    @_shared
+    @settings(parent=_shared, max_examples=25)
     @given(spans=st.lists(_spans, max_size=9), gap=st.sampled_from([None, 0, 1, 100, 1 << 20]))
     def test_many_spans_read_together_are_what_each_reads_alone(
         self, storage: Storage, spans: list[tuple[int, int]], gap: int | None
@@ -169,7 +169,7 @@ class StorageContract:
 
     def test_threads_read_side_by_side(self, storage: Storage) -> None:
         rng = random.Random(5)
-        spans = [(rng.randrange(_LENGTH), rng.randrange(20_000)) for _ in range(60)]
+        spans = [(rng.randrange(_LENGTH), rng.randrange(20_000)) for _ in range(40)]
         start = threading.Barrier(4)
 
         def read_all(turn: int) -> bool:
@@ -178,7 +178,7 @@ class StorageContract:
             return all(storage.read(*span) == expected(CONTENT, *span) for span in mine)
 
         with ThreadPoolExecutor(4) as threads:
-            assert all(threads.map(read_all, range(0, 60, 15)))
+            assert all(threads.map(read_all, range(0, 40, 10)))
 
     def test_once_closed_it_says_so(self, make: Make) -> None:
         closed = make(CONTENT)

@@ -273,6 +273,25 @@ class TestFaults:
                 storage.sync()
 
     @BOTH_WAYS
+    def test_a_failed_direct_or_buffered_transfer_is_told_the_same(
+        self, path: Path, direct: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with FileStorage(path, "w", direct=direct) as storage:
+            storage.pwrite(0, noise(8192))
+            for name in ("preadv", "pwrite"):
+                monkeypatch.setattr(os, name, _failing(errno.EIO))
+            for transfer in (lambda: storage.read(0, 4096), lambda: storage.pwrite(0, aligned_buffer(4096))):
+                with pytest.raises(StorageError, match="Input/output error"):
+                    transfer()
+
+    def test_a_failed_close_is_told_and_closes(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        storage, close = FileStorage(path, "w"), os.close
+        monkeypatch.setattr(os, "close", lambda fd: (close(fd), _failing(errno.EIO)()))
+        with pytest.raises(StorageError, match="cannot close"):
+            storage.close()
+        storage.close()
+
+    @BOTH_WAYS
     def test_transfers_that_stop_half_way_go_on(
         self, path: Path, direct: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:

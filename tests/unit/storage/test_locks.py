@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import struct
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -179,10 +181,10 @@ def test_direct_io_locks_too(plain: Path) -> None:
 
 
 def test_a_refusal_says_who_may_go_on_and_how(plain: Path) -> None:
-    with open_ours(plain, "writer"), pytest.raises(Locked, match="for reading: another program writes") as reading:
+    with open_ours(plain, "writer"), pytest.raises(Locked, match="for reading: it is open for writing") as reading:
         open_ours(plain, "reader")
     assert "-U" in reading.value.hint
-    with open_ours(plain, "reader"), pytest.raises(Locked, match="for writing: another program has it open") as writing:
+    with open_ours(plain, "reader"), pytest.raises(Locked, match="for writing: it is open elsewhere") as writing:
         open_ours(plain, "writer")
     assert "Close the program" in writing.value.hint
 
@@ -198,5 +200,14 @@ def test_an_unknown_locking_is_refused(plain: Path) -> None:
 
 
 def test_a_descriptor_that_cannot_be_locked_is_a_storage_error() -> None:
-    with pytest.raises(StorageError, match="cannot lock 'gone'"):
+    with pytest.raises(StorageError, match="cannot lock 'gone'") as refused:
         lock_image(1 << 20, "gone", writing=False)
+    assert "may not support locks" in refused.value.hint
+
+
+@pytest.mark.parametrize("byte", [100, 201])
+def test_a_foreign_write_lock_on_our_bytes_excludes_us(plain: Path, byte: int) -> None:
+    with plain.open("r+b") as foreign:
+        fcntl.fcntl(foreign, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", fcntl.F_WRLCK, 0, byte, 1, 0))
+        with pytest.raises(Locked):
+            open_ours(plain, "reader")
