@@ -1,7 +1,3 @@
-from typing import Final
-
-FORMS: Final[tuple[str, ...]]
-
 class PackedSlice:
     def __init__(self, raw: bytes | bytearray | memoryview, cluster_bits: int, extended: bool = False) -> None: ...
     def __len__(self) -> int: ...

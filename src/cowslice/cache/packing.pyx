@@ -1,33 +1,22 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Lossless packing of L2 slices, and the lookup of one entry inside a packed slice.
+"""Lossless packing of L2 slices: the choice of a form, and the writing of it.
 
-It does not know files, tables or caches: big-endian entry bytes go in, a shape and a payload come out, and an entry's exact
-word comes back. What is packed is unpacked and compared at once; whatever does not come back bit by bit is kept raw.
+It does not know files, tables or caches: big-endian entry bytes go in, a shape and a payload come out.
+What is packed is unpacked and compared at once; whatever does not come back bit by bit is kept raw.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-cdef extern from *:
-    uint64_t bswap64 "__builtin_bswap64"(uint64_t) noexcept nogil
-    int popcount64 "__builtin_popcountll"(uint64_t) noexcept nogil
-    int leading_zeros "__builtin_clzll"(uint64_t) noexcept nogil
-    int trailing_zeros "__builtin_ctzll"(uint64_t) noexcept nogil
+from cowslice.cache.forms cimport (
+    BYTES, CLUSTERS, COMPRESSED, COPIED, EXTENTS, LINE, MAX_ENTRIES, MAX_WIDTH, NO_BITMAPS, OFFSET, ONE_BITMAP, RAW,
+    RAW_BITMAPS, RUNHEADS, SLOPED, TAG_COMPRESSED, TAG_SHIFT, TAGGED, ZERO, Mapped, Shape, bswap64, code_width, continued,
+    dictionary_length, heads_at, leading_zeros, locate, payload_size, sector_bits, stride_of, tag_shift, trailing_zeros,
+    true_base, words_size)
 
-cdef uint64_t COPIED = <uint64_t> 1 << 63           # L2 entry, bit 63
-cdef uint64_t COMPRESSED = <uint64_t> 1 << 62       # bit 62
-cdef uint64_t ZERO = 1                              # bit 0 of a standard descriptor
-cdef uint64_t OFFSET = 0x00FFFFFFFFFFFE00           # bits 9-55
+from cowslice.cache.forms import FORMS
+
 cdef uint64_t PAYLOAD = (<uint64_t> 1 << 62) - 1    # bits 0-61 of a compressed descriptor
-
-# Tags: the three bits that say of what kind an entry is.
-cdef enum:
-    TAG_ZERO = 1
-    TAG_COMPRESSED = 2
-    TAG_COPIED = 4
-    TAG_SHIFT = 61      # where Shape.base carries the shared tag
-    MAX_WIDTH = 57      # a residual and up to seven bits before it fit one 64-bit load
-
 cdef uint64_t BASE = (<uint64_t> 1 << TAG_SHIFT) - 1
 
 
@@ -49,31 +38,9 @@ cdef inline uint8_t bits_for(uint64_t span) noexcept nogil:
     return 64 - leading_zeros(span) if span else 0
 
 
-cdef inline uint8_t sector_bits(uint8_t cluster_bits) noexcept nogil:
-    """Bits of a compressed descriptor that count sectors (specification, "Compressed Clusters Descriptor")."""
-    return cluster_bits - 8
-
-
 cdef inline uint8_t tag_of(uint64_t word) noexcept nogil:
     cdef uint8_t tag = (word >> 61) & 6
     return tag if tag & TAG_COMPRESSED else tag | (word & ZERO)
-
-
-cdef inline uint64_t continued(uint64_t value, uint64_t stride, uint8_t shift) noexcept nogil:
-    """The value one cluster on, if the run goes on: without a host cluster the same again."""
-    return value if value >> shift == 0 else value + stride
-
-
-cdef inline uint8_t tag_shift(uint8_t view) noexcept nogil:
-    return 0 if view == CLUSTERS else 3
-
-
-cdef inline uint64_t stride_of(uint8_t view, uint8_t cluster_bits) noexcept nogil:
-    if view == CLUSTERS:
-        return 1
-    if view == TAGGED:
-        return 8
-    return <uint64_t> 1 << (cluster_bits + sector_bits(cluster_bits) + 3)
 
 
 # -- words to values and back ---------------------------------------------------------------------------------------
@@ -90,21 +57,6 @@ cdef inline bint byte_value(uint64_t word, uint8_t tag, uint8_t cluster_bits, ui
         offset = word & OFFSET
     value[0] = (((offset << sectors) | count) << 3) | tag
     return offset >> (61 - sectors) == 0
-
-
-cdef inline uint64_t word_of(uint64_t value, uint8_t view, uint8_t tag, uint8_t cluster_bits) noexcept nogil:
-    cdef uint8_t sectors
-    cdef uint64_t word
-    if view != CLUSTERS:
-        tag = value & 7
-        value >>= 3
-    word = (<uint64_t> (tag & 6) << 61) | (tag & TAG_ZERO)
-    if view != BYTES:
-        return word | (value << cluster_bits)
-    sectors = sector_bits(cluster_bits)
-    if tag & TAG_COMPRESSED:
-        return word | (value >> sectors) | ((value & ((<uint64_t> 1 << sectors) - 1)) << (62 - sectors))
-    return word | (value >> sectors)
 
 
 cdef void read_words(Survey *s, const uint8_t *raw, bint extended) noexcept nogil:
@@ -166,62 +118,6 @@ cdef inline void put_bits(uint8_t *into, uint64_t position, uint64_t value) noex
     memcpy(&chunk, into + (position >> 3), 8)
     chunk |= value << (position & 7)
     memcpy(into + (position >> 3), &chunk, 8)
-
-
-cdef inline uint64_t get_bits(const uint8_t *data, uint32_t size, uint64_t position, uint8_t width) noexcept nogil:
-    """`width` bits at bit `position` of a payload of `size` >= 8 bytes, never reading past its end."""
-    cdef uint64_t byte = position >> 3
-    cdef uint64_t chunk
-    if width == 0:
-        return 0
-    if byte + 8 > size:
-        byte = size - 8
-    memcpy(&chunk, data + byte, 8)
-    return (chunk >> (position - (byte << 3))) & (~<uint64_t> 0 >> (64 - width))
-
-
-cdef inline uint32_t bytes_for(uint64_t bits) noexcept nogil:
-    return <uint32_t> ((bits + 7) >> 3)
-
-
-cdef inline uint32_t words_size(const Shape *shape) noexcept nogil:
-    """Bytes that the entry words take, without the bitmaps."""
-    cdef uint32_t entries = <uint32_t> 1 << shape.entry_bits
-    if shape.form == EXTENTS:
-        return 2 * shape.runs + bytes_for(<uint64_t> shape.runs * shape.width)
-    if shape.form == RUNHEADS:
-        return heads_at(entries) + bytes_for(<uint64_t> shape.runs * shape.width)
-    if shape.form == RAW:
-        return 8 * entries
-    return bytes_for(<uint64_t> entries * shape.width)
-
-
-cdef inline uint32_t heads_at(uint32_t entries) noexcept nogil:
-    """Where the heads stand in RUNHEADS: behind one bit per entry and one 16-bit rank per 64 entries."""
-    return (entries + 63) // 64 * 10
-
-
-cdef inline uint32_t dictionary_length(uint8_t bitmaps) noexcept nogil:
-    return 0 if bitmaps == NO_BITMAPS or bitmaps == RAW_BITMAPS else <uint32_t> 1 << code_width(bitmaps)
-
-
-cdef inline uint8_t code_width(uint8_t bitmaps) noexcept nogil:
-    """0, 1, 2 or 4 bits per entry into a dictionary of 1, 2, 4 or 16 bitmaps."""
-    return 0 if bitmaps < TWO_BITMAPS else 1 << (bitmaps - TWO_BITMAPS)
-
-
-cdef inline uint32_t bitmaps_size(const Shape *shape) noexcept nogil:
-    cdef uint32_t entries = <uint32_t> 1 << shape.entry_bits
-    if shape.bitmaps == NO_BITMAPS:
-        return 0
-    if shape.bitmaps == RAW_BITMAPS:
-        return 8 * entries
-    return 8 * dictionary_length(shape.bitmaps) + bytes_for(<uint64_t> entries * code_width(shape.bitmaps))
-
-
-cdef uint32_t payload_size(const Shape *shape) noexcept nogil:
-    cdef uint32_t size = words_size(shape) + bitmaps_size(shape)
-    return size if size >= 8 else 8
 
 
 # -- choosing and writing a form -----------------------------------------------------------------------------------
@@ -423,129 +319,7 @@ cdef bint one_run(const uint8_t *raw, uint32_t entries, uint8_t cluster_bits, bi
     return True
 
 
-# -- lookup ---------------------------------------------------------------------------------------------------------
-
-cdef inline uint64_t true_base(const Shape *shape) noexcept nogil:
-    """The base as a 64-bit number: in view CLUSTERS the tag's bits are filled with the sign of the rest."""
-    if shape.view != CLUSTERS:
-        return shape.base
-    return <uint64_t> (<int64_t> (shape.base << 3) >> 3)
-
-
-cdef inline uint32_t run_of(const Shape *shape, const uint8_t *payload, uint32_t index, uint32_t *start, uint32_t *end) noexcept nogil:
-    """Which run holds `index`; from and up to which entry it goes."""
-    if shape.form == EXTENTS:
-        return run_by_starts(shape, payload, index, start, end)
-    return run_by_bits(shape, payload, index, start, end)
-
-
-cdef inline uint32_t run_by_starts(const Shape *shape, const uint8_t *payload, uint32_t index, uint32_t *start, uint32_t *end) noexcept nogil:
-    cdef const uint16_t *starts = <const uint16_t *> payload
-    cdef uint32_t low = 0, count = shape.runs, half
-    while count > 1:
-        half = count // 2
-        low += half if starts[low + half] <= index else 0
-        count -= half
-    start[0] = starts[low]
-    end[0] = starts[low + 1] if low + 1 < shape.runs else <uint32_t> 1 << shape.entry_bits
-    return low
-
-
-cdef inline uint32_t run_by_bits(const Shape *shape, const uint8_t *payload, uint32_t index, uint32_t *start, uint32_t *end) noexcept nogil:
-    cdef uint32_t entries = <uint32_t> 1 << shape.entry_bits
-    cdef uint32_t words = (entries + 63) // 64
-    cdef const uint64_t *bits = <const uint64_t *> payload
-    cdef const uint16_t *ranks = <const uint16_t *> (payload + words * 8)
-    cdef uint32_t word = index >> 6
-    cdef uint64_t upto = bits[word] & (~<uint64_t> 0 >> (63 - (index & 63)))
-    cdef uint32_t run = ranks[word] + popcount64(upto) - 1
-    cdef uint64_t after = bits[word] & ~(~<uint64_t> 0 >> (63 - (index & 63)))
-    cdef uint32_t back = word
-    while upto == 0:
-        back -= 1
-        upto = bits[back]
-    start[0] = back * 64 + 63 - leading_zeros(upto)
-    while after == 0 and word + 1 < words:
-        word += 1
-        after = bits[word]
-    end[0] = word * 64 + trailing_zeros(after) if after else entries
-    return run
-
-
-cdef inline uint64_t line_value(const Shape *shape, const uint8_t *payload, uint32_t size, uint32_t index) noexcept nogil:
-    cdef uint64_t value = true_base(shape) + get_bits(payload, size, <uint64_t> index * shape.width, shape.width)
-    if shape.form == SLOPED:
-        value += index * stride_of(shape.view, shape.cluster_bits)
-    return value
-
-
-cdef inline void locate_in_run(const Shape *shape, const uint8_t *payload, uint32_t size, uint32_t index, Mapped *out) noexcept nogil:
-    cdef uint32_t start = 0, end = 0
-    cdef uint32_t run = run_of(shape, payload, index, &start, &end)
-    cdef uint32_t at = 2 * shape.runs if shape.form == EXTENTS else heads_at(<uint32_t> 1 << shape.entry_bits)
-    cdef uint64_t value = true_base(shape) + get_bits(payload, size, at * 8 + <uint64_t> run * shape.width, shape.width)
-    if value >> tag_shift(shape.view):
-        value += (index - start) * stride_of(shape.view, shape.cluster_bits)
-    out.word = word_of(value, shape.view, <uint8_t> (shape.base >> TAG_SHIFT), shape.cluster_bits)
-    out.run = end - index
-
-
-cdef inline void locate_on_line(const Shape *shape, const uint8_t *payload, uint32_t size, uint32_t index, uint32_t want, Mapped *out) noexcept nogil:
-    """Neighbours are compared one by one, no further than `want`."""
-    cdef uint64_t stride = stride_of(shape.view, shape.cluster_bits)
-    cdef uint8_t shift = tag_shift(shape.view)
-    cdef uint64_t value = line_value(shape, payload, size, index), following = value
-    cdef uint32_t limit = (<uint32_t> 1 << shape.entry_bits) - index
-    out.word = word_of(value, shape.view, <uint8_t> (shape.base >> TAG_SHIFT), shape.cluster_bits)
-    out.run = 1
-    if want < limit:
-        limit = want
-    while out.run < limit:
-        following = continued(following, stride, shift)
-        if line_value(shape, payload, size, index + out.run) != following:
-            return
-        out.run += 1
-
-
-cdef inline uint64_t bitmap_at(const Shape *shape, const uint8_t *payload, uint32_t size, uint32_t index) noexcept nogil:
-    cdef uint32_t at = words_size(shape)
-    cdef uint64_t bitmap
-    cdef uint8_t width
-    if shape.bitmaps != RAW_BITMAPS:
-        width = code_width(shape.bitmaps)
-        index = <uint32_t> get_bits(payload, size, (at + 8 * dictionary_length(shape.bitmaps)) * 8 + <uint64_t> index * width, width)
-    memcpy(&bitmap, payload + at + 8 * index, 8)
-    return bitmap
-
-
-cdef inline void locate_bitmap(const Shape *shape, const uint8_t *payload, uint32_t size, uint32_t index, uint32_t want, Mapped *out) noexcept nogil:
-    cdef uint32_t limit = out.run if out.run < want else want
-    out.bitmap = bitmap_at(shape, payload, size, index)
-    if shape.bitmaps == ONE_BITMAP:
-        return
-    out.run = 1
-    while out.run < limit and bitmap_at(shape, payload, size, index + out.run) == out.bitmap:
-        out.run += 1
-
-
-cdef void locate(const Shape *shape, const uint8_t *payload, uint32_t size, uint32_t index, uint32_t want, Mapped *out) noexcept nogil:
-    """Fill `out` for entry `index`. The run is exact up to `want` clusters and may be shorter than the true one beyond."""
-    out.bitmap = 0
-    if shape.form == EXTENTS or shape.form == RUNHEADS:
-        locate_in_run(shape, payload, size, index, out)
-    elif shape.form == RAW:
-        memcpy(&out.word, payload + 8 * index, 8)
-        out.run = 1
-    else:
-        locate_on_line(shape, payload, size, index, want, out)
-    if shape.bitmaps != NO_BITMAPS:
-        locate_bitmap(shape, payload, size, index, want, out)
-
-
 # -- for Python: reports and tests ---------------------------------------------------------------------------------
-
-FORMS = ("line", "sloped", "extents", "runheads", "raw")
-
 
 cdef class PackedSlice:
     """One slice packed on its own: how small it gets, and what is in it. Immutable.

@@ -1,0 +1,3 @@
+from typing import Final
+
+FORMS: Final[tuple[str, ...]]
