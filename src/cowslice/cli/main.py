@@ -37,6 +37,8 @@ def run(arguments: list[str]) -> int:
         complain(f"cannot write the result: {error.strerror or error}")
         _silence_output()
         return exitcodes.FAILED
+    except Exception as error:
+        return _our_fault(error)
 
 
 def _run(arguments: list[str]) -> int:
@@ -49,6 +51,19 @@ def _run(arguments: list[str]) -> int:
     from cowslice.cli.verbs import run_verb
 
     return run_verb(arguments)
+
+
+def _our_fault(error: Exception) -> int:
+    """Nothing but errors of our own classes should arrive here: say so, and show where only to who asks."""
+    import os
+
+    from cowslice.cli.output import complain
+
+    if os.environ.get("COWSLICE_TRACEBACK"):
+        raise error
+    complain(f"internal error: {type(error).__name__}: {error}",
+             "Please report it, with what COWSLICE_TRACEBACK=1 shows in the environment.")
+    return exitcodes.OUR_FAULT
 
 
 def _silence_output() -> None:

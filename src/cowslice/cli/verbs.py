@@ -20,6 +20,7 @@ VERBS = {
     "check": "Find leaks and corruption; changes nothing.",
     "compare": "Tell whether two disks have the same content.",
     "convert": "Copy a disk into a raw file, or to standard output.",
+    "bench": "Measure how fast an image is read, beside QEMU.",
 }
 
 EPILOG = """\b
@@ -30,7 +31,7 @@ Examples:
 
 \b
 Exit status: as qemu-img for each verb (see its --help); besides,
-  64 the command line is wrong, 130 interrupted, 141 nobody reads the output."""
+  64 the command line is wrong, 70 a fault of this program, 130 interrupted, 141 nobody reads the output."""
 
 
 class Verbs(click.Group):
@@ -79,6 +80,8 @@ def run_verb(arguments: list[str]) -> int:
         return _usage(error)
     except click.Abort:
         return exitcodes.INTERRUPTED
+    except SystemExit as ended:  # click's answer to a closed pipe, whatever the mode
+        raise BrokenPipeError from ended
     except click.ClickException as error:
         complain(error.format_message())
         return exitcodes.FAILED

@@ -11,7 +11,7 @@ import stat
 from struct import Struct, unpack, unpack_from
 
 from cowslice.errors import CowsliceError
-from cowslice.ops.refcheck import Tally
+from cowslice.ops.refcheck import Owners
 from cowslice.storage.locks import lock_image
 
 # Format section "Header": version 2, then what version 3 adds.
@@ -73,23 +73,22 @@ class _Quick:
         self.clusters = -(-self.length // self.cluster_size)
         _expect(self.clusters <= _MOST_CLUSTERS)
         self.buffer = bytearray(self.cluster_size)
-        self.tally = Tally(0, self.clusters, (1 << (1 << self.order)) - 1)
+        self.owners = Owners(self.clusters)
 
     def run(self) -> QuickTotals:
         totals = QuickTotals(self.cluster_size, -(-(self.size // 512 * 512) // self.cluster_size))
-        blocks = [word for word in self._words(self.reftable_offset, self.reftable_length) if word]
-        self._load_refcounts()
+        blocks = unpack(f">{self.reftable_length // 8}Q", self._read(self.reftable_offset, self.reftable_length))
         for offset, length in ((0, self.cluster_size), (self.l1_offset, self.l1_length),
                                (self.reftable_offset, self.reftable_length)):
-            self._count(offset, length)
-        for table in self._words(self.l1_offset, self.l1_length):
-            if table:
-                self._table(table, totals)
+            self._own(offset, length)
         for offset in blocks:
-            self._count(offset, self.cluster_size)
-            _expect(self.tally.get(offset >> self.bits)[1] == 1)
-        _expect(self.tally.mismatch(0) is None)
-        totals.image_end_offset = (self.tally.highest() + 1) << self.bits
+            if offset:
+                self._own(offset, self.cluster_size)
+        for word in unpack(f">{self.l1_length // 8}Q", self._read(self.l1_offset, self.l1_length)):
+            if word:
+                self._table(word, totals)
+        self._hold_against(blocks)
+        totals.image_end_offset = (self.owners.highest() + 1) << self.bits
         return totals
 
     def _take_header(self, raw: bytes) -> None:
@@ -119,35 +118,28 @@ class _Quick:
             at += 8 + (length + 7) // 8 * 8
         _expect(False)
 
-    def _load_refcounts(self) -> None:
-        entries = self.cluster_size * 8 >> self.order
-        for index, offset in enumerate(self._words(self.reftable_offset, self.reftable_length)):
-            if not offset:
-                continue
-            _expect(index * entries < self.clusters and not offset & (self.cluster_size - 1))
-            self._fill(offset)
-            self.tally.load(index * entries, self.buffer, self.order)
-
     def _table(self, word: int, totals: QuickTotals) -> None:
         offset = word & ~_COPIED
         _expect(word & _COPIED and not word & _TABLE_RESERVED)
-        self._count(offset, self.cluster_size)
-        _expect(self.tally.get(offset >> self.bits)[0] == 1)
+        self._own(offset, self.cluster_size)
         self._fill(offset)
-        odd, overflowed, allocated, compressed, fragmented = self.tally.scan(
-            self.buffer, cluster_bits=self.bits, extended=False, data_file=False, file_length=self.length, active=True,
-            shared=False)
-        _expect(not odd and not overflowed)
+        found = self.owners.scan(self.buffer, cluster_bits=self.bits)
+        _expect(found)
+        allocated, fragmented = found or (0, 0)
         totals.allocated_clusters += allocated
-        totals.compressed_clusters += compressed
         totals.fragmented_clusters += fragmented
 
-    def _count(self, offset: int, length: int) -> None:
-        _expect(not offset & (self.cluster_size - 1) and offset + length <= self.clusters << self.bits)
-        _expect(not self.tally.add(offset >> self.bits, -(-length // self.cluster_size)))
+    def _hold_against(self, blocks: tuple[int, ...]) -> None:
+        entries = self.cluster_size * 8 >> self.order
+        for index in range(-(-self.clusters // entries)):
+            offset = blocks[index] if index < len(blocks) else 0
+            if offset:
+                self._fill(offset)
+            _expect(self.owners.agree(index * entries, entries, self.buffer if offset else None, self.order))
 
-    def _words(self, offset: int, length: int) -> tuple[int, ...]:
-        return unpack(f">{length // 8}Q", self._read(offset, length))
+    def _own(self, offset: int, length: int) -> None:
+        _expect(not offset & (self.cluster_size - 1))
+        _expect(self.owners.own(offset >> self.bits, -(-length // self.cluster_size)))
 
     def _read(self, offset: int, length: int) -> bytes:
         raw = os.pread(self.descriptor, length, offset)

@@ -234,6 +234,99 @@ cdef class Tally:
         return odd, overflowed, allocated, compressed, fragmented
 
 
+cdef class Owners:
+    """One bit for each host cluster: it has one owner. For images in which no cluster has two, which is most of them."""
+
+    cdef uint64_t *bits
+    cdef readonly uint64_t clusters
+
+    def __cinit__(self, clusters):
+        self.clusters = clusters
+        self.bits = <uint64_t *>calloc(clusters // 64 + 1, 8)
+        if self.bits == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self.bits)
+
+    cdef bint _own(self, uint64_t cluster) noexcept nogil:
+        cdef uint64_t bit = <uint64_t>1 << (cluster & 63)
+        if cluster >= self.clusters or self.bits[cluster >> 6] & bit:
+            return False
+        self.bits[cluster >> 6] |= bit
+        return True
+
+    def own(self, uint64_t cluster, uint64_t clusters=1):
+        """Give a run of clusters an owner; False when one of them has an owner already or lies outside."""
+        cdef uint64_t k
+        for k in range(cluster, cluster + clusters):
+            if not self._own(k):
+                return False
+        return True
+
+    def scan(self, table, *, int cluster_bits):
+        """Own what a whole standard L2 table refers to: (allocated, fragmented).
+
+        None when an entry is anything but unallocated, zero, or sole owner of an aligned cluster with the copied flag set.
+        """
+        cdef Py_buffer view
+        cdef Py_ssize_t i, n
+        cdef uint64_t word, offset, follows = 0, allocated = 0, fragmented = 0
+        cdef uint64_t bad = RESERVED | COMPRESSED | (OFFSET & ((<uint64_t>1 << cluster_bits) - 1))
+        cdef const uint64_t *words
+        cdef bint sound = True
+        PyObject_GetBuffer(table, &view, PyBUF_SIMPLE)
+        words = <const uint64_t *>view.buf
+        n = view.len // 8
+        with nogil:
+            for i in range(n):
+                word = be64toh(words[i])
+                if word == 0 or word == ZERO:
+                    continue
+                offset = word & OFFSET
+                if word & bad or offset == 0 or not word & COPIED or not self._own(offset >> cluster_bits):
+                    sound = False
+                    break
+                allocated += 1
+                if follows and follows != offset:
+                    fragmented += 1
+                follows = offset + (<uint64_t>1 << cluster_bits)
+        PyBuffer_Release(&view)
+        return (allocated, fragmented) if sound else None
+
+    def agree(self, uint64_t cluster, uint64_t clusters, block, int order):
+        """Whether the refcounts of a block, of this many clusters from `cluster` on, are 1 for what has an owner and else 0.
+
+        `block` None stands for zeros. Clusters outside are passed over.
+        """
+        cdef Py_buffer view
+        cdef uint64_t k, last = min(cluster + clusters, self.clusters)
+        cdef uint32_t stored = 0
+        cdef const uint8_t *counts = NULL
+        if block is not None:
+            PyObject_GetBuffer(block, &view, PyBUF_SIMPLE)
+            counts = <const uint8_t *>view.buf
+            last = min(last, cluster + (<uint64_t>view.len << 3 >> order))
+        with nogil:
+            k = cluster
+            while k < last:
+                if counts != NULL:
+                    stored = _stored_at(counts, k - cluster, order)
+                if stored != (self.bits[k >> 6] >> (k & 63) & 1):
+                    break
+                k += 1
+        if block is not None:
+            PyBuffer_Release(&view)
+        return k >= last
+
+    def highest(self):
+        """The highest cluster that has an owner, or -1."""
+        cdef uint64_t k = self.clusters
+        while k > 0 and not self.bits[(k - 1) >> 6] >> ((k - 1) & 63) & 1:
+            k -= 1
+        return <object>k - 1
+
+
 def claims(table, wanted, *, int cluster_bits, bint extended):
     """(index, cluster) of each entry of an L2 table that refers to one of the `wanted` clusters: a sorted array of unsigned 64-bit numbers."""
     cdef Py_buffer view, sought

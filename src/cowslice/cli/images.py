@@ -1,0 +1,46 @@
+"""Open the images that a command line names, by the options it gave.
+
+It decides what a missing -f means: qcow2 where its magic is, else raw. What the image then names must pass the gate.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cowslice.cli.options import Given, name_image, open_options
+from cowslice.cli.output import warn
+from cowslice.errors import BadOption, ReferenceRefused
+
+if TYPE_CHECKING:
+    from cowslice.image.image import Image
+
+FORMATS = ("qcow2", "raw")
+
+
+def open_image(text: str, given: Given, **more: Any) -> Image:
+    """Open one IMAGE argument for reading. Raises cowslice.errors; a refused name comes with the flag that permits it."""
+    from cowslice.image.image import Image
+
+    named = name_image(text, given)
+    driver = named.options.get("driver")
+    if driver is not None and driver not in FORMATS:
+        raise BadOption(f"the format is '{driver}', expected qcow2 or raw")
+    if driver is None:
+        named.options["driver"] = probe(named.name, given)
+    if named.options["driver"] == "raw":
+        for option in [key for key in named.options if key.startswith(("l2-", "cache-size", "refcount-", "backing"))]:
+            raise BadOption(f"'{option}' is an option of qcow2 images, but '{named.name}' is raw")
+    try:
+        return Image(named.name, open_options(named, given, on_warning=warn, **more))
+    except ReferenceRefused as error:
+        error.hint = "If you trust the image, permit it with --allow DIR or --allow-any."
+        raise
+
+
+def probe(name: str, given: Given) -> str:
+    """The format that a file begins like: "qcow2" or, of anything else, "raw"."""
+    from cowslice.image.opening import has_magic
+    from cowslice.storage.locate import locate
+
+    with locate(name, locking="force-share" if given.force_share else True) as storage:
+        return "qcow2" if has_magic(storage) else "raw"

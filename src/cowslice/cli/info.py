@@ -1,0 +1,83 @@
+"""`cowslice info`: the words, and which statuses they end with."""
+
+from __future__ import annotations
+
+import click
+
+from cowslice.cli import exitcodes
+from cowslice.cli.options import Given, chain, common, image_format, name_image, output_format
+from cowslice.cli.output import complain, say, say_json
+from cowslice.errors import BadOption, ReferenceRefused
+
+EPILOG = """\b
+Examples:
+  cowslice info disk.qcow2
+  cowslice info --backing-chain overlay.qcow2
+  cowslice info --output=json disk.qcow2 | jq .cowslice.findings
+
+\b
+Exit status: 0 done, 1 the image cannot be read or used, 64 usage."""
+
+
+@click.command("info", epilog=EPILOG)
+@image_format
+@output_format
+@click.option("--backing-chain", "whole_chain", is_flag=True, help="Also look at the backing files, which are opened for it.")
+@common
+@chain
+@click.argument("image")
+def command(
+    image: str, format_name: str | None, output: str, whole_chain: bool, image_opts: bool, objects: tuple[str, ...],
+    force_share: bool, quiet: bool, allowed: tuple[str, ...], allow_any: bool,
+) -> int:
+    """Show what IMAGE is: sizes, features, snapshots, bitmaps, everything that is odd about it, and the metadata cache
+    that it wants.
+
+    Nothing that the image names is opened, unless --backing-chain asks for it.
+    """
+    from cowslice.cli.infoout import as_json, say_facts
+
+    given = Given(format_name=format_name, image_opts=image_opts, objects=objects, force_share=force_share)
+    named = name_image(image, given)
+    wanted = named.options.get("driver")
+    if wanted not in (None, "qcow2", "raw"):
+        raise BadOption(f"the format is '{wanted}', expected qcow2 or raw")
+    found = _chain(named.name, wanted, given, allowed, allow_any) if whole_chain else [_one(named.name, wanted, given)]
+    if output == "json":
+        shown = [as_json(facts) for facts in found]
+        say_json(shown if whole_chain else shown[0])
+    elif not quiet:
+        for number, facts in enumerate(found):
+            if number:
+                say()
+            say_facts(facts)
+    return _status(found)
+
+
+def _one(name, wanted, given):  # type: ignore[no-untyped-def]
+    from cowslice.ops.info import inspect
+    from cowslice.storage.locate import locate
+
+    with locate(name, locking="force-share" if given.force_share else True) as storage:
+        return inspect(storage, format_name=wanted)
+
+
+def _chain(name, wanted, given, allowed, allow_any):  # type: ignore[no-untyped-def]
+    from cowslice.image.gate import FolderGate, PermitGate
+    from cowslice.ops.infochain import inspect_chain
+
+    gate = PermitGate() if allow_any else FolderGate(allowed)
+    try:
+        return inspect_chain(name, gate, format_name=wanted, force_share=given.force_share)
+    except ReferenceRefused as error:
+        error.hint = "If you trust the image, permit it with --allow DIR or --allow-any."
+        raise
+
+
+def _status(found) -> int:  # type: ignore[no-untyped-def]
+    for facts in found:
+        for finding in facts.findings:
+            if finding.fatal:
+                complain(f"'{facts.filename}' cannot be opened: {finding.message}")
+                return exitcodes.FAILED
+    return exitcodes.OK

@@ -1,0 +1,205 @@
+"""Copy disks into one raw target: read in parallel, skip what is known to be zero, leave holes where zeros are found.
+
+It does not know paths or terminals: the target is a storage or a stream that the caller made (rawtarget.py). On any
+failure it raises, and whatever it wrote by then is the caller's to throw away.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from cowslice.errors import BadOption, CowsliceError
+from cowslice.format.entries import Kind
+from cowslice.image.image import Image
+from cowslice.image.layer import fill_zeros
+from cowslice.image.mapping import resolve
+from cowslice.ops.bytescan import data_runs
+from cowslice.ops.pump import Pump
+from cowslice.units import SECTOR, MiB
+
+# One request: large enough that Python costs nothing beside it, small enough to stay in the processor's caches.
+CHUNK = 2 * MiB
+MAX_WORKERS = 16
+MAX_SPARSE = 16 * MiB
+SPARSE = 4096
+_ZERO_KINDS = (Kind.ZERO, Kind.ZERO_ALLOCATED)
+
+Progress = Callable[[int, int], None]
+Warn = Callable[[str], None]
+
+
+class Target(Protocol):
+    """What is written to. Offsets are bytes of the target; one call at a time per span, any number of threads."""
+
+    ordered: bool
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write all of `data`."""
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make the span read as zeros."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertOptions:
+    """How to copy. `sparse`: bytes of zeros that become a hole, 0 for none. `salvage`: unreadable sectors become zeros."""
+
+    workers: int = 8
+    sparse: int = SPARSE
+    salvage: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.workers <= MAX_WORKERS:
+            raise BadOption(f"the number of workers is {self.workers}, expected 1 to {MAX_WORKERS}")
+        if self.sparse % SECTOR or not 0 <= self.sparse <= MAX_SPARSE:
+            raise BadOption(f"the sparse size is {self.sparse}, expected a multiple of {SECTOR} up to {MAX_SPARSE}, or 0")
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """`length` bytes at `start` of a source; `zero` when nothing need be read. `base` is where the source begins."""
+
+    image: Image
+    base: int
+    start: int
+    length: int
+    zero: bool
+
+
+def convert(
+    sources: Sequence[Image], target: Target, options: ConvertOptions | None = None, *,
+    progress: Progress | None = None, warn: Warn | None = None,
+) -> None:
+    """Copy the sources one behind another. `progress(done, total)` counts bytes.
+
+    Raises the errors of reading and writing; the first one stops everything.
+    """
+    options = options or ConvertOptions()
+    total = sum(image.size for image in sources)
+    count = _Count(total, progress)
+    pump: Pump[_Chunk] = Pump(
+        _chunks(sources, count), lambda: _Copier(target, options, pump, count, warn), options.workers
+    )
+    count.add(0)
+    pump.run()
+
+
+class _Count:
+    """How much is done, told to the caller by whichever thread gets there."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total = total
+        self._progress = progress
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def add(self, length: int) -> None:
+        if self._progress is None:
+            return
+        with self._lock:
+            self._done += length
+            self._progress(self._done, self._total)
+
+
+def _chunks(sources: Sequence[Image], count: _Count) -> Iterator[_Chunk]:
+    """Cut all sources into chunks that end at multiples of CHUNK; a long span of zeros is one chunk."""
+    base = 0
+    for image in sources:
+        offset = 0
+        while offset < image.size:
+            zeros = _zeros_at(image, offset)
+            end = offset + zeros if zeros >= CHUNK or offset + zeros == image.size else offset
+            if end > offset:
+                yield _Chunk(image, base, offset, end - offset, True)
+            else:
+                end = min((offset // CHUNK + 1) * CHUNK, image.size)
+                yield _Chunk(image, base, offset, end - offset, False)
+            offset = end
+        base += image.size
+
+
+def _zeros_at(image: Image, offset: int) -> int:
+    """Bytes from here that read as zeros without being stored; 0 also where the map cannot be read (reading will tell)."""
+    end = offset
+    try:
+        while end < image.size:
+            _, piece = resolve(image.layers, end, image.size - end, holes=True)
+            if not (piece.below or piece.hole or piece.kind in _ZERO_KINDS):
+                break
+            end += piece.length
+    except CowsliceError:
+        pass
+    return end - offset
+
+
+class _Copier:
+    """One worker: its buffer is made once and reused for every chunk."""
+
+    def __init__(self, target: Target, options: ConvertOptions, pump: Pump[_Chunk], count: _Count, warn: Warn | None) -> None:
+        self._target = target
+        self._options = options
+        self._pump = pump
+        self._count = count
+        self._warn = warn
+        self._buffer = memoryview(bytearray(CHUNK))
+
+    def __call__(self, number: int, chunk: _Chunk) -> None:
+        view = self._buffer[: 0 if chunk.zero else chunk.length]
+        if not chunk.zero:
+            self._read(chunk, view)
+        if self._target.ordered:
+            self._pump.wait_turn(number)
+        self._write(chunk, view)
+        if self._target.ordered:
+            self._pump.end_turn()
+        self._count.add(chunk.length)
+
+    def _write(self, chunk: _Chunk, view: memoryview) -> None:
+        at, sparse = chunk.base + chunk.start, self._options.sparse
+        if not sparse or self._target.ordered:
+            self._write_all(at, chunk, view)
+            return
+        done = 0
+        for start, end in data_runs(view, sparse):
+            if start > done:
+                self._target.zero(at + done, start - done)
+            self._target.write(at + start, view[start:end])
+            done = end
+        if done < chunk.length:
+            self._target.zero(at + done, chunk.length - done)
+
+    def _write_all(self, at: int, chunk: _Chunk, view: memoryview) -> None:
+        """Write zeros too: to a stream, or because no holes are wanted."""
+        if not chunk.zero:
+            self._target.write(at, view)
+            return
+        for start in range(0, chunk.length, CHUNK):
+            self._target.write(at + start, _ZEROS[: min(CHUNK, chunk.length - start)])
+
+    def _read(self, chunk: _Chunk, view: memoryview) -> None:
+        try:
+            chunk.image.read_into(chunk.start, view)
+        except CowsliceError:
+            if not self._options.salvage:
+                raise
+            self._salvage(chunk, view)
+
+    def _salvage(self, chunk: _Chunk, view: memoryview) -> None:
+        """Read sector by sector; what cannot be read becomes zeros and is told once per run."""
+        lost = 0
+        for start in range(0, chunk.length, SECTOR):
+            part = view[start : start + SECTOR]
+            try:
+                chunk.image.read_into(chunk.start + start, part)
+            except CowsliceError:
+                fill_zeros(part)
+                lost += len(part)
+        if lost and self._warn:
+            self._warn(f"{lost} bytes between {chunk.start} and {chunk.start + chunk.length} of '{chunk.image.path}' "
+                       "cannot be read and became zeros")
+
+
+_ZEROS = memoryview(bytes(CHUNK))
