@@ -170,7 +170,7 @@ def test_many_snapshots_cost_what_they_take_on_disk() -> None:
 
 
 @pytest.mark.long
-@settings(max_examples=20000, derandomize=True)
+@settings(max_examples=5000, derandomize=True)
 @given(st.binary(max_size=4096))
 def test_noise_behind_a_magic_never_raises(raw: bytes) -> None:
     inspect_header(b"QFI\xfb\0\0\0\2" + raw)
@@ -178,7 +178,7 @@ def test_noise_behind_a_magic_never_raises(raw: bytes) -> None:
 
 
 @pytest.mark.long
-@settings(max_examples=20000, derandomize=True)
+@settings(max_examples=5000, derandomize=True)
 @given(_ALMOST)
 def test_a_long_campaign_of_almost_right_first_clusters_agrees_with_itself(raw: bytes) -> None:
     try:

@@ -151,6 +151,10 @@ def encode_first_cluster(first: FirstCluster) -> bytes:
     cluster_size = 1 << header.cluster_bits
     limit = header.backing_file_offset or cluster_size
     parts = encode_header(header) + encode_extensions(first.extensions, end_record=False)
+    if first.extensions:
+        # The padding of the last record, and only that, may reach into what follows: then it is not there.
+        padding = first.extensions[-1].encoded_length - 8 - len(first.extensions[-1].payload)
+        parts = parts[: max(limit, len(parts) - padding)]
     if len(parts) > limit or limit + len(name) > cluster_size:
         raise BadOption(
             f"header, extensions and backing name need {len(parts) + len(name)} bytes, more than the {cluster_size} "

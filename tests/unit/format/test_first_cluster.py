@@ -78,6 +78,14 @@ def test_extensions_end_where_the_backing_name_begins_even_without_an_end_record
     assert encode_first_cluster(first) == raw
 
 
+def test_a_backing_name_may_stand_where_padding_would_be() -> None:
+    header = replace(GOOD_V2, backing_file_offset=72 + 11, backing_file_size=4)
+    raw = encode_header(header) + encode_extensions([UNKNOWN], end_record=False)[:11] + b"base"
+    first = decode_first_cluster(raw)
+    assert (first.extensions, first.backing_name) == ((UNKNOWN,), b"base")
+    assert encode_first_cluster(first) == raw
+
+
 def test_extensions_may_fill_the_cluster_to_its_end() -> None:
     header = replace(GOOD, cluster_bits=9, l1_size=1 << 15)
     first = FirstCluster(header, (Extension(1, bytes(512 - 112 - 8)),))
