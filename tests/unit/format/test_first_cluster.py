@@ -31,6 +31,7 @@ from cowslice.format.first_cluster import (
     lay_out,
 )
 from cowslice.format.header import Autoclear, Header, Incompatible, encode_header
+from cowslice.format.limits import MAX_EXTENSIONS
 from tests.unit.format.samples import GOOD, GOOD_V2
 
 FORMAT = Extension(ExtensionType.BACKING_FORMAT, b"qcow2")
@@ -179,6 +180,31 @@ def test_bitmaps_are_ignored_when_their_autoclear_bit_is_off() -> None:
     assert findings(raw, Fault.UNUSABLE)
 
 
+def test_a_bitmaps_bit_without_its_extension_is_noted() -> None:
+    raw = image(BITMAPS)
+    assert decode_first_cluster(raw).bitmaps is None
+    assert [finding.field for finding in findings(raw, Fault.NOTE)] == ["bitmaps"]
+
+
+def test_a_data_file_is_only_what_the_feature_bit_makes_one() -> None:
+    named = Extension(ExtensionType.DATA_FILE, b"/etc/shadow")
+    raw = image(GOOD, named)
+    assert decode_first_cluster(raw).data_file_name is None
+    assert [finding.field for finding in findings(raw, Fault.NOTE)] == ["data file"]
+
+
+def test_a_data_file_without_a_name_is_noted() -> None:
+    raw = image(replace(GOOD, incompatible=Incompatible.DATA_FILE))
+    assert decode_first_cluster(raw).data_file_name is None
+    assert [finding.field for finding in findings(raw, Fault.NOTE)] == ["data file"]
+
+
+def test_more_extensions_than_the_limit_are_malformed() -> None:
+    many = encode_header(GOOD) + encode_extensions([Extension(1, b"")] * (MAX_EXTENSIONS + 1))
+    with pytest.raises(MalformedImage, match=str(MAX_EXTENSIONS)):
+        decode_first_cluster(many)
+
+
 def test_unknown_features_are_named_from_the_image_in_escaped_text() -> None:
     names = encode_feature_names([FeatureName(0, 9, b"evil\x1b[2J\n"), FeatureName(1, 9, b"other")])
     raw = image(replace(GOOD, incompatible=Incompatible(1 << 9)), names)
@@ -204,6 +230,13 @@ def test_tables_that_overlap_forbid_writing() -> None:
 def test_a_table_beyond_the_end_of_the_file_is_told(length: int, fault: Fault) -> None:
     _, found = inspect_first_cluster(encode_header(GOOD), file_length=length)
     assert [(f.fault, f.offset) for f in found] == [(fault, 0x30000)]
+
+
+def test_bitmaps_and_the_encryption_header_take_part_in_the_layout() -> None:
+    header = replace(BITMAPS, crypt_method=2)
+    raw = image(header, BitmapsPointer(1, 64, 0x40000).encode(), CryptoPointer(0x40000, 592).encode())
+    (overlap,) = inspect_first_cluster(raw, file_length=1 << 20)[1]
+    assert overlap.message == "the encryption header at 0x40000 overlaps the bitmap directory"
 
 
 def test_a_sound_layout_has_no_findings() -> None:
