@@ -111,7 +111,7 @@ def plain(layers: tuple[Layer, ...]) -> list[Layer]:
 def _uncached(layer: Qcow2Layer) -> Qcow2Layer:
     slices = DictSliceMap(layer.storage, layer.geometry, layer.l1)
     return Qcow2Layer(layer.storage, layer.first, size=layer.size, l1=layer.l1, slices=slices, data=layer.data,
-                      inflate=layer.inflate)
+                      compressed=layer.compressed)
 
 
 @given(chain=chains())

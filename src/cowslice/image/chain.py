@@ -12,17 +12,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from cowslice.cache.slicemap import SliceCache, SliceMap
-from cowslice.codec.compression import decompress_cluster
 from cowslice.errors import BadOption, MalformedImage, ReferenceRefused, UnsupportedImage
 from cowslice.format.header import Autoclear
+from cowslice.image.compressed import CompressedClusters, DecompressedCache
 from cowslice.image.gate import Role, pass_gate, resolve, root_of, shown
 from cowslice.image.keys import open_cipher
 from cowslice.image.layer import Layer
 from cowslice.image.opening import OpenedFile, Place, decide_format, has_magic, naming, open_file, open_place
 from cowslice.image.options import NAMED, Named, OpenOptions, Source, plan_chain_cache
-from cowslice.image.qcow2 import Inflate, Qcow2Layer, SectorCipher
+from cowslice.image.qcow2 import Qcow2Layer, SectorCipher
 from cowslice.image.raw import RawLayer
 from cowslice.storage.base import Storage
+from cowslice.units import parse_size
 
 _RAW_FORMATS = ("raw", "file", "host_device")  # the last two are QEMU's names for the file below a raw image
 
@@ -51,11 +52,12 @@ class _Walk:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """The open layers, top first, and the metadata memory they share. Closing `stack` closes every file of ours."""
+    """The open layers, top first, and the memory they share. Closing `stack` closes every file of ours."""
 
     layers: tuple[Layer, ...]
     cache: SliceCache
     slice_maps: tuple[SliceMap, ...]
+    decompressed: DecompressedCache
     stack: ExitStack
 
 
@@ -174,11 +176,12 @@ def _open_named(walk: _Walk, file: OpenedFile, role: Role, name: bytes, kind: st
     return open_place(reference.target, walk.options, walk.stack)
 
 
-def _assemble(walk: _Walk) -> tuple[tuple[Layer, ...], SliceCache, tuple[SliceMap, ...]]:
+def _assemble(walk: _Walk) -> tuple[tuple[Layer, ...], SliceCache, tuple[SliceMap, ...], DecompressedCache]:
     """Make the layers, their maps and the memory these share."""
     files = [link.file for link in walk.links if link.file is not None]
     plan = plan_chain_cache([(file.size, file.first.header.geometry) for file in files], walk.options)
     cache = SliceCache(plan.budget, walk.options.policy)
+    decompressed = DecompressedCache(parse_size(walk.options.decompressed_cache_size, "decompressed_cache_size"))
     units = iter(plan.entry_bytes)
     layers: list[Layer] = []
     maps: list[SliceMap] = []
@@ -187,8 +190,8 @@ def _assemble(walk: _Walk) -> tuple[tuple[Layer, ...], SliceCache, tuple[SliceMa
             layers.append(RawLayer(link.place.storage))
             continue
         maps.append(_slice_map(cache, link.file, next(units)))
-        layers.append(_qcow2_layer(link.file, link, maps[-1]))
-    return tuple(layers), cache, tuple(maps)
+        layers.append(_qcow2_layer(link.file, link, maps[-1], decompressed))
+    return tuple(layers), cache, tuple(maps), decompressed
 
 
 def _slice_map(cache: SliceCache, file: OpenedFile, entry_bytes: int) -> SliceMap:
@@ -199,17 +202,15 @@ def _slice_map(cache: SliceCache, file: OpenedFile, entry_bytes: int) -> SliceMa
         l1_offset=file.l1_offset)
 
 
-def _qcow2_layer(file: OpenedFile, link: _Link, slices: SliceMap) -> Qcow2Layer:
+def _qcow2_layer(
+    file: OpenedFile, link: _Link, slices: SliceMap, decompressed: DecompressedCache
+) -> Qcow2Layer:
     return Qcow2Layer(
         file.place.storage, file.first, size=file.size, l1=file.l1, slices=slices, data=link.data,
-        inflate=_inflate(file), cipher=link.cipher)
+        compressed=_compressed(file, decompressed), cipher=link.cipher)
 
 
-def _inflate(file: OpenedFile) -> Inflate:
-    header, storage = file.first.header, file.place.storage
-
-    def inflate(host_offset: int, length: int) -> bytes:
-        payload = storage.read(host_offset, length)
-        return decompress_cluster(header.compression_type, payload, header.geometry.cluster_size)
-
-    return inflate
+def _compressed(file: OpenedFile, decompressed: DecompressedCache) -> CompressedClusters:
+    header = file.first.header
+    return CompressedClusters(file.place.storage, kind=header.compression_type,
+                              cluster_size=header.geometry.cluster_size, shared=decompressed)

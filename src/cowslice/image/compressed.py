@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 DEFAULT_BUDGET = 8 * MiB
 # A batch is one read and then some 100 us of decompression for each stream of it: smaller than this, threads cost more
 # than they give; larger, one batch would keep the others waiting.
-LEAST_BATCH = 32 * KiB
+LEAST_BATCH = 64 * KiB
 MOST_BATCH = MiB
 
 Key = tuple[int, int, int]

@@ -20,6 +20,7 @@ from cowslice.format.header import CryptMethod, Header
 from cowslice.format.snapshots import Snapshot
 from cowslice.image.bitmaps import load_bitmaps
 from cowslice.image.chain import open_chain
+from cowslice.image.compressed import DecompressedCache
 from cowslice.image.fastpath import FastPath
 from cowslice.image.file import ImageFile
 from cowslice.image.layer import Layer
@@ -43,8 +44,8 @@ MAX_THREADS = 64  # of one read_many; more only wait for each other
 class Image:
     """A guest disk of `size` bytes, open for reading. Made by `open_image`; offsets and lengths are guest bytes.
 
-    `layers` are the files of the chain, top first; `cache` is the metadata memory that they share; `warnings` says
-    what was odd about the files.
+    `layers` are the files of the chain, top first; they share `cache`, the metadata memory, and `decompressed`, which
+    keeps compressed clusters ready; `warnings` says what was odd about the files.
     """
 
     def __init__(self, source: Source, options: OpenOptions) -> None:
@@ -54,6 +55,7 @@ class Image:
         self._stack = chain.stack
         self.layers: tuple[Layer, ...] = chain.layers
         self.cache: SliceCache = chain.cache
+        self.decompressed: DecompressedCache = chain.decompressed
         self.size: int = self.layers[0].size
         self._lease = Lease(self.path)
         self._fast = None if options.metadata_only else _fast_path(self.layers)
@@ -133,7 +135,7 @@ class Image:
 
         Raises OutOfRange, Closed, CorruptImage, StorageError or CryptoError; then its content is unknown.
         """
-        if self._fast is None or offset < 0:
+        if self._fast is None or not 0 <= offset <= self.size:
             raise self._refusal(offset)
         done = self._fast.read_into(offset, buffer)
         if done < memoryview(buffer).nbytes:
@@ -229,8 +231,8 @@ class Image:
                 done = self._fast.read_into(offset, view, done)
 
     def _refusal(self, offset: int) -> RequestError:
-        if offset < 0:
-            return OutOfRange(f"offset is {offset}, expected 0 or more")
+        if not 0 <= offset <= self.size:
+            return OutOfRange(f"offset is {offset}, expected one inside the disk of {self.size} bytes")
         return RequestError(f"'{self.path}' was opened for its metadata only, so its data cannot be read")
 
     def _check_span(self, offset: int, length: int) -> None:
@@ -256,6 +258,7 @@ def open_image(source: Source, mode: str = "r", **options: Any) -> Image:
     force_share: read although another program writes; what is seen may not fit together. direct: use O_DIRECT.
     cache_size, l2_cache_size, refcount_cache_size, l2_cache_entry_size: as in QEMU, bytes or "1M"; one budget for the
         whole chain. cache_clean_interval: seconds between giving unused memory back, 0 never.
+    decompressed_cache_size: bytes of decompressed clusters to keep, 0 for none.
     policy: "clock2q+" or "lru". warmup: read the maps in the background "auto" (local files), "off", "full".
     gate: judges every name found inside an image; by default only files under the image's own folder are opened.
     backing: None leaves the backing file closed, and what it holds reads as zeros; a path, URL or storage replaces it,

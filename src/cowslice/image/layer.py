@@ -6,6 +6,7 @@ It does not know the other files of the chain. A piece never reaches beyond what
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cowslice.format.entries import Kind
@@ -64,6 +65,11 @@ class Layer(ABC):
     @abstractmethod
     def fill(self, piece: Piece, buffer: memoryview) -> None:
         """Write the bytes of a piece of this layer that is not `below` into `buffer`, which has its length."""
+
+    def fill_all(self, pieces: Sequence[Piece], buffers: Sequence[memoryview]) -> None:
+        """Fill several pieces as `fill` does; a layer may read or decompress them together."""
+        for piece, buffer in zip(pieces, buffers, strict=True):
+            self.fill(piece, buffer)
 
     def with_holes(self, piece: Piece) -> Piece:
         """Return the beginning of the piece up to where the storage changes between stored and not stored."""

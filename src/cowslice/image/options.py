@@ -14,6 +14,7 @@ from typing import Literal
 from cowslice.cache.sizes import DEFAULT_L2_CACHE_SIZE, PARTIAL_ENTRY_SIZE, Size, plan_cache_sizes
 from cowslice.errors import BadOption
 from cowslice.format.geometry import Geometry
+from cowslice.image.compressed import DEFAULT_BUDGET
 from cowslice.image.gate import FolderGate, Gate
 from cowslice.storage.base import Storage
 from cowslice.units import parse_size
@@ -47,6 +48,7 @@ class OpenOptions:
     refcount_cache_size: Size = None
     l2_cache_entry_size: Size = None
     cache_clean_interval: int = 600
+    decompressed_cache_size: int | str = DEFAULT_BUDGET
     warmup: str = "auto"
     policy: str = "clock2q+"
     gate: Gate = field(default_factory=FolderGate)

@@ -6,7 +6,7 @@ may be changed by someone else, and a bad one fails its own request only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from cowslice.format.entries import L1_OFFSET_MASK, Entry, Kind, decode_entry, s
 from cowslice.format.first_cluster import FirstCluster
 from cowslice.format.geometry import Geometry
 from cowslice.format.header import CryptMethod
+from cowslice.image.compressed import CompressedClusters, Part
 from cowslice.image.fastpath import FastPath
 from cowslice.image.layer import Layer, Piece, fill_zeros, narrowed
 from cowslice.image.preallocation import looks_preallocated
@@ -37,20 +38,17 @@ class SectorCipher(Protocol):
         """Return the plain bytes of whole sectors, the first of which has number `first_sector`."""
 
 
-Inflate = Callable[[int, int], bytes]
-
-
 class Qcow2Layer(Layer):
     """The mapping and content of one qcow2 image, active or of one internal snapshot.
 
     `l1` is the big-endian L1 table that `slices` was made from. `data` holds normal clusters: the file itself, or the
-    external data file, or None when that was left closed. `inflate(host_offset, length)` gives a whole cluster.
+    external data file, or None when that was left closed. `compressed` gives whole clusters by where they are stored.
     """
 
     format = "qcow2"
 
     def __init__(self, storage: Storage, first: FirstCluster, *, size: int, l1: bytes, slices: EntrySource,
-                 data: Storage | None, inflate: Inflate, cipher: SectorCipher | None = None) -> None:
+                 data: Storage | None, compressed: CompressedClusters, cipher: SectorCipher | None = None) -> None:
         self.storage = storage
         self.data = storage if data is None else data
         self.first = first
@@ -60,7 +58,7 @@ class Qcow2Layer(Layer):
         self.l1 = l1
         self.slices = slices
         self.cipher = cipher
-        self.inflate = inflate
+        self.compressed = compressed
         self._has_data = data is not None
         self._data_file = first.header.has_data_file
         self._version = first.header.version
@@ -101,9 +99,17 @@ class Qcow2Layer(Layer):
         elif piece.kind is Kind.COMPRESSED:
             within = self.geometry.in_cluster(piece.start)
             # Never deciphered: QEMU stores compressed clusters of encrypted images in clear.
-            buffer[:] = self.inflate(piece.host, piece.stored)[within : within + piece.length]
+            buffer[:] = self.compressed.cluster(piece.host, piece.stored)[within : within + piece.length]
         else:
             fill_zeros(buffer)
+
+    def fill_all(self, pieces: Sequence[Piece], buffers: Sequence[memoryview]) -> None:
+        if any(piece.kind is not Kind.COMPRESSED for piece in pieces):
+            super().fill_all(pieces, buffers)
+            return
+        self.compressed.fill([
+            Part(piece.host, piece.stored, self.geometry.in_cluster(piece.start), buffer)
+            for piece, buffer in zip(pieces, buffers, strict=True)])
 
     def join(self, fast: FastPath) -> None:
         """Add this layer to a compiled path. Raises TypeError unless `slices` is a SliceMap."""
