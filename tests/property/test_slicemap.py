@@ -91,7 +91,8 @@ def test_a_map_with_a_descriptor_says_what_the_tables_say(drawn, budget, policy)
 @given(tables_and_units(), tables_and_units(), budgets)
 def test_maps_that_share_a_cache_do_not_mix(one, other, budget):
     cache = SliceCache(budget)
-    layers = [(tables, open_map(cache, tables, unit, MemoryStorage(tables.content))) for tables, unit, _ in (one, other)]
+    drawn = [(tables, unit) for tables, unit, _ in (one, other)]
+    layers = [(tables, open_map(cache, tables, unit, MemoryStorage(tables.content))) for tables, unit in drawn]
     rng = one[2]
     for _ in range(80):
         tables, slices = rng.choice(layers)
@@ -165,12 +166,13 @@ def test_with_room_for_all_a_warm_map_never_reads_again(drawn):
 
 
 @given(
-    st.lists(st.integers(0, (1 << 64) - 1), max_size=8), st.integers(9, 21), st.integers(0, 2000), st.integers(0, 1 << 32))
+    st.lists(st.integers(0, (1 << 64) - 1), max_size=8), st.integers(9, 21), st.integers(0, 2000),
+    st.integers(0, 1 << 32))
 def test_a_hostile_l1_table_gives_an_answer_or_a_clear_error(l1, bits, clusters, seed):
     storage = MemoryStorage(random.Random(seed).randbytes(5000))
     slices = SliceMap(
-        SliceCache(50_000), cluster_bits=bits, extended_l2=False, l1=struct.pack(f">{len(l1)}Q", *l1), clusters=clusters,
-        entry_bytes=512, storage=storage)
+        SliceCache(50_000), cluster_bits=bits, extended_l2=False, l1=struct.pack(f">{len(l1)}Q", *l1),
+        clusters=clusters, entry_bytes=512, storage=storage)
     for cluster in range(0, clusters, 61):
         try:
             word, _, run = slices.lookup(cluster)

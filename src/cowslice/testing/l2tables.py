@@ -63,7 +63,7 @@ def make_tables(
 ) -> L2Tables:
     """Make tables of which some are missing, in random order in the file, filled with runs of the given kinds.
 
-    Kinds: n normal, p preallocated zero, z zero, h hole, c compressed, r any 64 bits. Runs have 1 to `longest` clusters.
+    Kinds: n normal, p preallocated zero, z zero, h hole, c compressed, r any 64 bits. Runs have 1 to `longest` each.
     """
     rng = random.Random(seed)
     entries = (1 << cluster_bits) // (16 if extended else 8)
