@@ -25,6 +25,7 @@ STRIPES = 4000
 SLOT_ON = 0x00AC71F3
 SLOT_OFF = 0x0000DEAD
 DIGEST_BYTES = 20
+UUID_BYTES = 40
 # Slots start at 4096 and take a multiple of that: 8 sectors.
 SLOT_ALIGNMENT = 8
 # Two halves of 256 bits: no LUKS1 cipher takes more.
@@ -90,7 +91,7 @@ def decode_luks1(data: bytes) -> LuksHeader:
         digest=digest,
         digest_salt=salt,
         digest_iterations=iterations,
-        uuid=_shown(uuid.split(b"\0")[0]),
+        uuid=_shown(uuid.split(b"\0")[0])[:UUID_BYTES],
         slots=tuple(_decode_slot(data, number) for number in range(SLOTS)),
     )
     _check(header)

@@ -114,6 +114,12 @@ def test_each_broken_field_is_named(raw: bytes, field: str) -> None:
     assert str(caught.value).isprintable()
 
 
+def test_a_uuid_is_shown_printable_and_within_its_field() -> None:
+    header = decode_luks1(patched(168, b"\xff\x1b" * 20))
+    assert header.uuid.isprintable()
+    assert decode_luks1(encode_luks1(header)) == header
+
+
 def test_a_slot_may_end_where_the_payload_begins() -> None:
     header = make_header()
     assert header.slots[7].key_offset + header.slot_sectors == header.payload_offset

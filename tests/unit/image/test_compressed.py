@@ -7,14 +7,17 @@ import random
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+import cowslice
 from cowslice.codec.compression import Compression, compress_cluster
 from cowslice.errors import BadOption, CorruptImage, OutOfRange, StorageError, UnsupportedImage
 from cowslice.image import compressed
 from cowslice.image.compressed import CompressedClusters, DecompressedCache, Part
 from cowslice.storage.memory import MemoryStorage
+from cowslice.testing import peers
 
 CLUSTER = 4096
 COUNT = 40
@@ -363,3 +366,27 @@ def test_a_large_request_holds_no_clusters_that_nobody_else_wants() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < COUNT * 16 * CLUSTER // 2
+
+
+@peers.needs("qemu-img")
+@pytest.mark.parametrize("kind", ["zlib", "zstd"])
+def test_a_read_over_many_clusters_of_an_image_loads_them_together(kind: str, tmp_path: Path) -> None:
+    """Compressed runs broken by a hole and by clusters of the backing file, as qemu-img lays them out."""
+    base, top, raw = tmp_path / "base.qcow2", tmp_path / "top.qcow2", tmp_path / "raw"
+    chunks = [content(number) * 16 if number != 11 else bytes(65536) for number in range(24)]
+    raw.write_bytes(b"".join(chunks))
+    options = f"compression_type={kind}"
+    peers.qemu_img("convert", "-c", "-O", "qcow2", "-o", options, raw, base)
+    chunks[5] = content(99) * 16
+    raw.write_bytes(b"".join(chunks))
+    peers.qemu_img("convert", "-c", "-O", "qcow2", "-o", options, "-B", base, "-F", "qcow2", raw, top)
+    with cowslice.open(top) as disk:
+        assert disk.read(100, disk.size - 200) == raw.read_bytes()[100:-100]
+        seen = disk.decompressed.statistics()
+        assert (seen.hits, seen.misses) == (0, 23)
+        assert seen.reads < 23
+        assert disk.read(0, disk.size) == raw.read_bytes()
+        assert disk.decompressed.statistics().misses == 23
+    with cowslice.open(top, decompressed_cache_size=0) as disk:
+        assert disk.read(0, disk.size) == raw.read_bytes()
+        assert disk.decompressed.statistics().used == 0
