@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from cowslice.errors import OutOfRange
 
 if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
+    from _typeshed import ReadableBuffer, WriteableBuffer
 
 
 class Readable(Protocol):
@@ -65,6 +65,10 @@ class ImageFile(io.RawIOBase):
             self._image.read_into(self._position, view[:length])
         self._position += length
         return length
+
+    def write(self, buffer: ReadableBuffer) -> int:
+        """Refuse: the image is open for reading."""
+        raise io.UnsupportedOperation("not writable")
 
     def _check_open(self) -> None:
         if self.closed:
