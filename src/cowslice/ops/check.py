@@ -7,14 +7,16 @@ clusters at a time, findings up to a limit, and the totals count them all, by th
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from cowslice.errors import StorageError
 from cowslice.format.entries import COPIED, L1_OFFSET_MASK, L1_RESERVED_MASK
-from cowslice.format.refcounts import REFTABLE_OFFSET_MASK, REFTABLE_RESERVED_MASK
 from cowslice.format.limits import MAX_FINDINGS
+from cowslice.format.refcounts import REFTABLE_OFFSET_MASK, REFTABLE_RESERVED_MASK
 from cowslice.ops.l2rules import EntryRules, end_fault, judge_entry, start_cluster
+from cowslice.ops.refcheck import SATURATED, Tally
 from cowslice.ops.references import (
     Area,
     L1Tree,
@@ -23,7 +25,6 @@ from cowslice.ops.references import (
     place_fault,
     stored_count,
 )
-from cowslice.ops.refcheck import SATURATED, Tally
 from cowslice.storage.base import Storage
 from cowslice.units import SECTOR, MiB
 
@@ -69,6 +70,7 @@ class CheckReport:
     cluster_size: int = 0
     findings: list[CheckFinding] = field(default_factory=list)
     untold: int = 0
+    _told: Counter[str] = field(default_factory=Counter, repr=False)
 
     def add(self, finding: CheckFinding, limit: int = MAX_FINDINGS) -> None:
         """Count a finding, and keep it unless there are enough of its kind."""
@@ -78,7 +80,8 @@ class CheckReport:
             self.check_errors += finding.count
         else:
             self.corruptions += finding.count
-        if sum(1 for told in self.findings if told.kind == finding.kind) < limit:
+        if self._told[finding.kind] < limit:
+            self._told[finding.kind] += 1
             self.findings.append(finding)
         else:
             self.untold += 1
