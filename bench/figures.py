@@ -1,7 +1,7 @@
 """Every figure that the README publishes, measured on this machine: `python bench/figures.py [--json] [NAME ...]`.
 
-Ratios come from alternating runs of ours and the peer's in one go; medians are shown. `--tiny` runs all of it on a small
-disk, to show that it runs; its figures mean nothing.
+Ratios come from alternating runs of ours and the peer's in one go; medians are shown. `--tiny` runs all of it on a
+small disk, to show that it runs; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def _write_content(path: Path, size: int) -> None:
         file.truncate(size)
 
 
-# -- the map ------------------------------------------------------------------------------------------------------------
+# -- the map -----------------------------------------------------------------------------------------------------------
+
 
 def resident_map(bench: Bench) -> Iterator[Figure]:
     """Bytes that the whole map takes once it is read, by layout."""
@@ -117,7 +118,8 @@ def read_uniform(disk: cowslice.Image, count: int, *, seed: int) -> None:
         disk.read_many(chosen, 4096, memoryview(out)[: len(chosen) * 4096])
 
 
-# -- reading ------------------------------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------------------------------
+
 
 def python_loop(bench: Bench) -> Iterator[Figure]:
     """A Python loop over read_into, against the same loop over os.preadv on a raw file."""
@@ -170,7 +172,8 @@ def process_memory(bench: Bench) -> Iterator[Figure]:
         yield Figure(f"process memory above its start, {layout}, 1 MiB, {bench.reads * 4} reads", grown, "bytes")
 
 
-# -- whole processes ----------------------------------------------------------------------------------------------------
+# -- whole processes ---------------------------------------------------------------------------------------------------
+
 
 def check(bench: Bench) -> Iterator[Figure]:
     for layout in ("sequential", "random"):
@@ -213,11 +216,19 @@ def ratio(name: str, bench: Bench, ours: Callable[[], float], peer: Callable[[],
     """Median of the rounds' own ratios; one round before the first is not counted."""
     ours(), peer()
     rounds = [(ours(), peer()) for _ in range(bench.rounds)]
-    return Figure(name, statistics.median(a / b for a, b in rounds), unit,
-                  statistics.median(a for a, _ in rounds), statistics.median(b for _, b in rounds))
+    return Figure(
+        name,
+        statistics.median(a / b for a, b in rounds),
+        unit,
+        statistics.median(a for a, _ in rounds),
+        statistics.median(b for _, b in rounds),
+    )
 
 
-FIGURES = {f.__name__: f for f in (resident_map, hit_rate, reads_after_warmup, python_loop, process_memory, check, convert, info)}
+FIGURES = {
+    f.__name__: f
+    for f in (resident_map, hit_rate, reads_after_warmup, python_loop, process_memory, check, convert, info)
+}
 
 
 def measure(names: list[str], *, tiny: bool) -> list[Figure]:

@@ -1,4 +1,4 @@
-"""`cowslice bench`: how fast an image is read (as `qemu-img bench`), and `cowslice bench table`: the published tables, here."""
+"""`cowslice bench`: how fast an image is read, as `qemu-img bench`; `bench table`: the published tables, here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from typing import Any
 import click
 
 from cowslice.cli import exitcodes
-from cowslice.cli.options import CACHE_MODES, Given, chain, common, image_format, name_image, open_options, output_format
+from cowslice.cli.options import (
+    CACHE_MODES,
+    Given,
+    chain,
+    common,
+    image_format,
+    name_image,
+    open_options,
+    output_format,
+)
 from cowslice.cli.output import complain, exact_size, say, say_fields, say_json, say_table
 from cowslice.errors import BadOption
 from cowslice.units import format_size, parse_size
@@ -35,7 +44,9 @@ empty cache without warm-up; 'warm' is what follows. 'plain' is the same loop on
 class Bench(click.Group):
     """`bench table` is a verb of its own; any other first word is the image of a plain bench."""
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] in self.commands:
             return super().resolve_command(ctx, args)
         return "image", bench_one, args
@@ -62,32 +73,74 @@ def command() -> None:
 @click.option("-s", "length", default="4k", show_default=True, metavar="SIZE", help="Bytes of a read.")
 @click.option("-S", "step", default="0", metavar="STEP", help="From one read to the next; 0: the size of a read.")
 @click.option("-o", "offset", default="0", metavar="OFFSET", help="Where the first read is.")
-@click.option("-t", "cache_mode", type=click.Choice(CACHE_MODES), default="writeback", help="'none' reads around the page cache.")
+@click.option(
+    "-t", "cache_mode", type=click.Choice(CACHE_MODES), default="writeback", help="'none' reads around the page cache."
+)
 @click.option("-w", "write", is_flag=True, help="Refused: this program does not write to images yet.")
 @click.option("--random", "at_random", is_flag=True, help="Uniform random offsets instead of steps.")
 @click.option("--seed", default=0, help="Of the random offsets.")
 @click.option("--l2-cache-size", metavar="SIZE", help="As in QEMU: the most that the map may take.")
 @click.option("--l2-cache-entry-size", metavar="SIZE", help="As in QEMU: the unit of a metadata read.")
-@click.option("--warmup", type=click.Choice(["auto", "off", "full"]), default="auto", show_default=True, help="Read the map first.")
+@click.option(
+    "--warmup",
+    type=click.Choice(["auto", "off", "full"]),
+    default="auto",
+    show_default=True,
+    help="Read the map first.",
+)
 @chain
 @common
 @click.argument("image")
 def bench_one(
-    image: str, format_name: str | None, output: str, count: int, depth: int, length: str, step: str, offset: str, cache_mode: str,
-    write: bool, at_random: bool, seed: int, l2_cache_size: str | None, l2_cache_entry_size: str | None, warmup: str,
-    allowed: tuple[str, ...], allow_any: bool, image_opts: bool, objects: tuple[str, ...], force_share: bool, quiet: bool,
+    image: str,
+    format_name: str | None,
+    output: str,
+    count: int,
+    depth: int,
+    length: str,
+    step: str,
+    offset: str,
+    cache_mode: str,
+    write: bool,
+    at_random: bool,
+    seed: int,
+    l2_cache_size: str | None,
+    l2_cache_entry_size: str | None,
+    warmup: str,
+    allowed: tuple[str, ...],
+    allow_any: bool,
+    image_opts: bool,
+    objects: tuple[str, ...],
+    force_share: bool,
+    quiet: bool,
 ) -> int:
     """Read IMAGE COUNT times and say how long that took."""
     if write:
-        complain("'-w' is refused: this program does not write to images yet", "Measure writes with 'qemu-img bench -w'.")
+        complain(
+            "'-w' is refused: this program does not write to images yet", "Measure writes with 'qemu-img bench -w'."
+        )
         return exitcodes.FAILED
     from cowslice.image.image import Image
     from cowslice.ops.bench.image import BenchOptions, bench_image
 
-    wanted = BenchOptions(count=count, depth=depth, length=parse_size(length, "-s"), step=parse_size(step, "-S"),
-                          offset=parse_size(offset, "-o"), random=at_random, seed=seed)
-    given = Given(format_name=format_name, image_opts=image_opts, objects=objects, force_share=force_share, allowed=allowed,
-                  allow_any=allow_any, direct=cache_mode in ("none", "directsync"))
+    wanted = BenchOptions(
+        count=count,
+        depth=depth,
+        length=parse_size(length, "-s"),
+        step=parse_size(step, "-S"),
+        offset=parse_size(offset, "-o"),
+        random=at_random,
+        seed=seed,
+    )
+    given = Given(
+        format_name=format_name,
+        image_opts=image_opts,
+        objects=objects,
+        force_share=force_share,
+        allowed=allowed,
+        allow_any=allow_any,
+        direct=cache_mode in ("none", "directsync"),
+    )
     named = name_image(image, given)
     sizes = {"l2_cache_size": l2_cache_size, "l2_cache_entry_size": l2_cache_entry_size}
     chosen = {name: size for name, size in sizes.items() if size is not None}
@@ -102,43 +155,86 @@ def bench_one(
 
 def _say_result(result: Any, output: str) -> None:
     if output == "json":
-        say_json({"seconds": result.seconds, "requests": result.requests, "bytes": result.bytes, "rate": result.rate,
-                  "hits": result.hits, "misses": result.misses, "metadata-bytes-read": result.metadata_bytes})
+        say_json(
+            {
+                "seconds": result.seconds,
+                "requests": result.requests,
+                "bytes": result.bytes,
+                "rate": result.rate,
+                "hits": result.hits,
+                "misses": result.misses,
+                "metadata-bytes-read": result.metadata_bytes,
+            }
+        )
         return
     say(f"Run completed in {result.seconds:.3f} seconds.")
     looked = max(result.hits + result.misses, 1)
-    say_fields([
-        ("reads/s", f"{result.rate:,.0f}"),
-        ("throughput", f"{format_size(int(result.bytes / result.seconds))}/s"),
-        ("metadata cache", f"{result.hits / looked:.1%} hits, {exact_size(result.metadata_bytes)} read"),
-    ])
+    say_fields(
+        [
+            ("reads/s", f"{result.rate:,.0f}"),
+            ("throughput", f"{format_size(int(result.bytes / result.seconds))}/s"),
+            ("metadata cache", f"{result.hits / looked:.1%} hits, {exact_size(result.metadata_bytes)} read"),
+        ]
+    )
 
 
 @command.command("table", epilog=TABLE_EPILOG)
 @output_format
-@click.option("--layout", type=click.Choice(["sequential", "random", "fragments"]), default="sequential", show_default=True,
-              help="Order of the clusters in the file.")
-@click.option("--cluster-size", type=click.Choice(["both", "64k", "256k"]), default="both", show_default=True, help="Which table.")
+@click.option(
+    "--layout",
+    type=click.Choice(["sequential", "random", "fragments"]),
+    default="sequential",
+    show_default=True,
+    help="Order of the clusters in the file.",
+)
+@click.option(
+    "--cluster-size", type=click.Choice(["both", "64k", "256k"]), default="both", show_default=True, help="Which table."
+)
 @click.option("-d", "--depth", default=32, show_default=True, help="Reads under way at once.")
 @click.option("--rounds", default=5, show_default=True, help="Alternating runs of each engine; medians are shown.")
 @click.option("--requests", default=100_000, show_default=True, help="Reads of a warm stretch; a fifth of that cold.")
 @click.option("--size", default="40G", show_default=True, help="Of the disk that is made.")
-@click.option("--image", type=click.Path(exists=True, dir_okay=False), help="Measure this fully populated image instead.")
-@click.option("--directory", type=click.Path(exists=True, file_okay=False), help="Where images are made. Default: /dev/shm.")
+@click.option(
+    "--image", type=click.Path(exists=True, dir_okay=False), help="Measure this fully populated image instead."
+)
+@click.option(
+    "--directory", type=click.Path(exists=True, file_okay=False), help="Where images are made. Default: /dev/shm."
+)
 @click.option("--populate", is_flag=True, help="Really write the data clusters, instead of leaving holes.")
 @click.option("--sequential", is_flag=True, help="Sequential reads of 256 KiB instead of random ones of 4 KiB.")
-@click.option("--storage-latency", "latency", default=0, metavar="MS", help="Delay every read of both engines by so many milliseconds.")
-@click.option("--aio", type=click.Choice(["threads", "io_uring"]), default="threads", show_default=True, help="QEMU's way to read.")
+@click.option(
+    "--storage-latency",
+    "latency",
+    default=0,
+    metavar="MS",
+    help="Delay every read of both engines by so many milliseconds.",
+)
+@click.option(
+    "--aio",
+    type=click.Choice(["threads", "io_uring"]),
+    default="threads",
+    show_default=True,
+    help="QEMU's way to read.",
+)
 @click.option("--no-peer", is_flag=True, help="Leave QEMU out.")
 @click.option("--short", is_flag=True, help="Only the rows of 4 KiB slices, fewer reads and rounds.")
 @click.option("--plot", metavar="FILE", help="Also draw it: .png or .svg.")
 @click.option("-p", "progress", is_flag=True, help="Show progress.")
-def table(output: str, plot: str | None, progress: bool, short: bool, size: str, cluster_size: str, latency: int, no_peer: bool,
-          **chosen: Any) -> int:
+def table(
+    output: str,
+    plot: str | None,
+    progress: bool,
+    short: bool,
+    size: str,
+    cluster_size: str,
+    latency: int,
+    no_peer: bool,
+    **chosen: Any,
+) -> int:
     """Measure the published tables of L2 slice and cache sizes on this machine.
 
-    Makes a fully populated 40 GB image (its data is a hole, so it takes some megabytes) and reads it through the metadata
-    cache at every size of the tables, in turn with 'qemu-img bench' where that is installed.
+    Makes a fully populated 40 GB image (its data is a hole, so it takes some megabytes) and reads it through the
+    metadata cache at every size of the tables, in turn with 'qemu-img bench' where that is installed.
     """
     from cowslice.ops.bench.picture import check_plot_path, draw_table
     from cowslice.ops.bench.table import TableOptions, measure_table
@@ -168,10 +264,28 @@ def _progress(done: int, of: int, what: str) -> None:
 
 def _say_measured(measured: Any) -> None:
     o = measured.options
-    say(f"{o['layout']} layout, {format_size(o['size'])} disk, depth {o['depth']}, median of {o['rounds']} alternating rounds")
+    say(
+        f"{o['layout']} layout, {format_size(o['size'])} disk, depth {o['depth']}, "
+        f"median of {o['rounds']} alternating rounds"
+    )
     say(f"{measured.machine}; {measured.peer or 'no QEMU'}{', aio=' + o['aio'] if measured.peer else ''}")
-    heads = ("clusters", "slice", "cache", "published", "QEMU cold", "warm", "cowslice cold", "warm", "ratio cold", "warm",
-             "QEMU hits", "our hits", "metadata read", "plain", "share")
+    heads = (
+        "clusters",
+        "slice",
+        "cache",
+        "published",
+        "QEMU cold",
+        "warm",
+        "cowslice cold",
+        "warm",
+        "ratio cold",
+        "warm",
+        "QEMU hits",
+        "our hits",
+        "metadata read",
+        "plain",
+        "share",
+    )
     say_table(heads, [_row(cell) for cell in measured.cells], right="r" * len(heads))
 
 
@@ -185,7 +299,20 @@ def _row(cell: Any) -> tuple[str, ...]:
     def share(value: float | None) -> str:
         return "-" if value is None else f"{value:.0%}"
 
-    return (format_size(1 << cell.cluster_bits), format_size(cell.entry_bytes), format_size(cell.cache_bytes), f"{cell.published:,}",
-            rate(cell.peer_cold), rate(cell.peer_warm), rate(cell.ours_cold), rate(cell.ours_warm),
-            ratio(cell.ratio_cold), ratio(cell.ratio_warm), share(cell.peer_hit), share(cell.hit_warm),
-            format_size(cell.metadata_bytes_cold + cell.metadata_bytes_warm), rate(cell.ceiling), share(cell.ceiling_share))
+    return (
+        format_size(1 << cell.cluster_bits),
+        format_size(cell.entry_bytes),
+        format_size(cell.cache_bytes),
+        f"{cell.published:,}",
+        rate(cell.peer_cold),
+        rate(cell.peer_warm),
+        rate(cell.ours_cold),
+        rate(cell.ours_warm),
+        ratio(cell.ratio_cold),
+        ratio(cell.ratio_warm),
+        share(cell.peer_hit),
+        share(cell.hit_warm),
+        format_size(cell.metadata_bytes_cold + cell.metadata_bytes_warm),
+        rate(cell.ceiling),
+        share(cell.ceiling_share),
+    )

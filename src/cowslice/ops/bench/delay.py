@@ -32,22 +32,39 @@ def delayed(path: str, milliseconds: int) -> Iterator[str]:
         shown = os.path.join(folder, "disk")
         with open(shown, "wb"):
             pass  # the mount point of a single file
-        with _serving(path, os.path.join(folder, "socket"), milliseconds) as socket, _mounted(socket, shown, os.stat(path).st_size):
+        with (
+            _serving(path, os.path.join(folder, "socket"), milliseconds) as socket,
+            _mounted(socket, shown, os.stat(path).st_size),
+        ):
             yield shown
 
 
 def _check_programs() -> None:
     missing = [name for name in _PROGRAMS if shutil.which(name) is None]
     if missing or not os.path.exists("/dev/fuse"):
-        raise StorageError(f"a storage delay needs {', '.join(missing) or '/dev/fuse'}",
-                           hint="Debian has them in the packages nbdkit, libnbd-bin and fuse3")
+        raise StorageError(
+            f"a storage delay needs {', '.join(missing) or '/dev/fuse'}",
+            hint="Debian has them in the packages nbdkit, libnbd-bin and fuse3",
+        )
 
 
 @contextmanager
 def _serving(path: str, socket: str, milliseconds: int) -> Iterator[str]:
     server = subprocess.Popen(
-        ["nbdkit", "-f", "-r", "-t", str(_THREADS), "-U", socket, "--filter=delay", "file", os.path.abspath(path),
-         f"rdelay={milliseconds}ms"])
+        [
+            "nbdkit",
+            "-f",
+            "-r",
+            "-t",
+            str(_THREADS),
+            "-U",
+            socket,
+            "--filter=delay",
+            "file",
+            os.path.abspath(path),
+            f"rdelay={milliseconds}ms",
+        ]
+    )
     try:
         _await(lambda: os.path.exists(socket), server, "nbdkit")
         yield socket

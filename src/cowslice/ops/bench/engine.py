@@ -9,17 +9,19 @@ import mmap
 import os
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from cowslice.image.image import open_image
 from cowslice.ops.bench.cells import Cell
+from cowslice.units import MiB
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BATCH = {False: 256, True: 8192}  # requests handed over at once: alone, and with many under way
+BATCH_BYTES = 32 * MiB  # that they may fill
 
 
 class Reader(Protocol):
@@ -45,7 +47,7 @@ def walk(stride: int, *, size: int, start: int, requests: int, length: int) -> N
 
 def seconds_for(reader: Reader, offsets: NDArray[np.int64], *, length: int, depth: int) -> float:
     """Time to read at all offsets. The memory is aligned, so that unbuffered files are read straight into it."""
-    batch = BATCH[depth > 1]
+    batch = max(min(BATCH[depth > 1], BATCH_BYTES // length), 1)
     with mmap.mmap(-1, max(batch * length, mmap.PAGESIZE)) as memory:
         out = memoryview(memory)
         out[:] = bytes(len(out))  # first touch is not what we measure
@@ -62,7 +64,12 @@ def engine_timing(
     image: str, cell: Cell, offsets: NDArray[np.int64], *, length: int, depth: int, warm: int, direct: bool = False
 ) -> tuple[Timing, Timing]:
     """(cold, warm): the first `warm` requests on a cold map without warm-up; the rest after warm-up and those."""
-    options = {"l2_cache_size": cell.cache_bytes, "l2_cache_entry_size": cell.entry_bytes, "force_share": True, "direct": direct}
+    options: dict[str, Any] = {
+        "l2_cache_size": cell.cache_bytes,
+        "l2_cache_entry_size": cell.entry_bytes,
+        "force_share": True,
+        "direct": direct,
+    }
     with open_image(image, warmup="off", **options) as disk:
         cold = _timed(disk, offsets[:warm], length=length, depth=depth)
     with open_image(image, warmup="full", **options) as disk:

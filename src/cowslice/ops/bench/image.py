@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOptions:
-    """`count` reads of `length` bytes, `depth` at once, from `offset` on every `step` bytes (0: `length`), or at random."""
+    """`count` reads of `length` bytes, `depth` at once, from `offset`, `step` bytes apart (0: `length`) or random."""
 
     count: int = 75_000
     depth: int = 64
@@ -55,10 +55,19 @@ def bench_image(disk: Image, options: BenchOptions) -> BenchResult:
         raise BadOption(f"a read of {options.length} bytes is larger than the disk of {disk.size} bytes")
     offsets = _offsets(options, disk.size)
     before = disk.cache.statistics()
-    took = max(seconds_for(disk, offsets, length=options.length, depth=options.depth), time.get_clock_info("perf_counter").resolution)
+    took = max(
+        seconds_for(disk, offsets, length=options.length, depth=options.depth),
+        time.get_clock_info("perf_counter").resolution,
+    )
     after = disk.cache.statistics()
-    return BenchResult(took, options.count, options.count * options.length, after["hits"] - before["hits"],
-                       after["misses"] - before["misses"], after["bytes_read"] - before["bytes_read"])
+    return BenchResult(
+        took,
+        options.count,
+        options.count * options.length,
+        after["hits"] - before["hits"],
+        after["misses"] - before["misses"],
+        after["bytes_read"] - before["bytes_read"],
+    )
 
 
 def _offsets(options: BenchOptions, size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -1,7 +1,7 @@
 """`qemu-img bench` on the same image, with the same cache and the same walk.
 
-It runs the program and reads the seconds that it prints, which leave out its start. What must hold: nothing is asked of the
-peer that is not asked of us.
+It runs the program and reads the seconds that it prints, which leave out its start. What must hold: nothing is asked of
+the peer that is not asked of us.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ def peer_version() -> str:
 
 
 def peer_seconds(
-    image: str, cell: Cell, *, stride: int, requests: int, depth: int, length: int = 4096, aio: str = "threads",
+    image: str,
+    cell: Cell,
+    *,
+    stride: int,
+    requests: int,
+    depth: int,
+    length: int = 4096,
+    aio: str = "threads",
     direct: bool = False,
 ) -> float:
     """Seconds that the peer takes for `requests` reads of `length` bytes, from a cold start. Raises StorageError."""
@@ -33,8 +40,25 @@ def peer_seconds(
         f"driver=qcow2,l2-cache-size={cell.cache_bytes},l2-cache-entry-size={cell.entry_bytes},"
         f"file.driver=file,file.filename={image.replace(',', ',,')}"
     )
-    command = ["qemu-img", "bench", "-U", "-c", str(requests), "-d", str(depth), "-s", str(length), "-S", str(stride),
-               "-i", aio, "-t", "none" if direct else "writeback", "--image-opts", options]
+    command = [
+        "qemu-img",
+        "bench",
+        "-U",
+        "-c",
+        str(requests),
+        "-d",
+        str(depth),
+        "-s",
+        str(length),
+        "-S",
+        str(stride),
+        "-i",
+        aio,
+        "-t",
+        "none" if direct else "writeback",
+        "--image-opts",
+        options,
+    ]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     found = _SECONDS.search(ran.stdout)
     if ran.returncode or not found:

@@ -34,8 +34,10 @@ def draw_table(table: Table, path: str) -> None:
     figure, rows = pyplot.subplots(len(bits), 1, figsize=(11, 4.2 * len(bits)), squeeze=False, layout="constrained")
     for axes, cluster_bits in zip((row[0] for row in rows), bits, strict=True):
         _draw_cells(axes, [cell for cell in table.cells if cell.cluster_bits == cluster_bits])
-        axes.set_title(f"{format_size(1 << cluster_bits)} clusters, {table.options['layout']} layout, "
-                       f"depth {table.options['depth']}")
+        axes.set_title(
+            f"{format_size(1 << cluster_bits)} clusters, {table.options['layout']} layout, "
+            f"depth {table.options['depth']}"
+        )
     rows[0][0].legend(loc="upper left", ncols=5, fontsize=8)
     figure.suptitle(f"Reads per second by slice and cache size\n{table.machine}", fontsize=10)
     figure.savefig(path, dpi=120)

@@ -1,7 +1,7 @@
 """The published tables measured here: each cell by us, by QEMU and by plain reads, in turn, medians of several rounds.
 
-It prints nothing. What must hold: in each round all engines read the same offsets at the same depth through caches of the
-same size, one right after the other, because the machine's speed drifts.
+It prints nothing. What must hold: in each round all engines read the same offsets at the same depth through caches of
+the same size, one right after the other, because the machine's speed drifts.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ class TableOptions:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One cell. Rates are reads per second, medians of the rounds; ratios are medians of the rounds' own ratios, None without the peer."""
+    """One cell. Rates are reads per second, medians of the rounds; ratios are medians of the rounds' own.
+
+    What needs the peer is None without it; `peer_hit` is computed from the walk, by QEMU's rules.
+    """
 
     cluster_bits: int
     entry_bytes: int
@@ -120,8 +123,10 @@ def measure_table(options: TableOptions, on_progress: Progress | None = None) ->
 
 def describe(cell: Cell) -> str:
     """A cell in a few words."""
-    return (f"{format_size(1 << cell.cluster_bits)} clusters, {format_size(cell.entry_bytes)} slices, "
-            f"{format_size(cell.cache_bytes)} cache")
+    return (
+        f"{format_size(1 << cell.cluster_bits)} clusters, {format_size(cell.entry_bytes)} slices, "
+        f"{format_size(cell.cache_bytes)} cache"
+    )
 
 
 def machine() -> str:
@@ -152,7 +157,9 @@ def _cells(options: TableOptions) -> tuple[Cell, ...]:
     rows = short_cells() if options.short else CELLS
     chosen = tuple(cell for cell in rows if cell.cluster_bits in wanted)
     if not chosen:
-        raise BadOption(f"no table has clusters of {', '.join(format_size(1 << b) for b in wanted)}, expected 64 KiB or 256 KiB")
+        raise BadOption(
+            f"no table has clusters of {', '.join(format_size(1 << b) for b in wanted)}, expected 64 KiB or 256 KiB"
+        )
     return chosen
 
 
@@ -167,8 +174,14 @@ def _image(options: TableOptions, cluster_bits: int, folder: str) -> Iterator[st
     path = options.image
     if path is None:
         path = os.path.join(folder, f"{cluster_bits}.qcow2")
-        write_populated_image(path, size=options.size, cluster_bits=cluster_bits, layout=options.layout,
-                              populate=options.populate, seed=options.seed)
+        write_populated_image(
+            path,
+            size=options.size,
+            cluster_bits=cluster_bits,
+            layout=options.layout,
+            populate=options.populate,
+            seed=options.seed,
+        )
     try:
         with delayed(path, options.latency_ms) as shown:
             yield shown
@@ -202,21 +215,41 @@ def _measure(options: TableOptions, cell: Cell, image: str, plain: str, *, peer:
     return _summary(cell, stride, rounds, None if options.sequential or not peer else peer_hit)
 
 
-def _our_round(rounds: _Rounds, image: str, plain: str, cell: Cell, offsets: NDArray[np.int64], first: int, *,
-               length: int, depth: int, direct: bool) -> None:
+def _our_round(
+    rounds: _Rounds,
+    image: str,
+    plain: str,
+    cell: Cell,
+    offsets: NDArray[np.int64],
+    first: int,
+    *,
+    length: int,
+    depth: int,
+    direct: bool,
+) -> None:
     cold, warm = engine_timing(image, cell, offsets, length=length, depth=depth, warm=first, direct=direct)
     rounds.cold.append(cold)
     rounds.warm.append(warm)
     rounds.ceiling.append(ceiling_rate(plain, offsets[first:], length=length, depth=depth, direct=direct))
 
 
-def _peer_round(rounds: _Rounds, image: str, cell: Cell, stride: int, first: int, options: TableOptions, *, length: int) -> None:
-    """Two runs, a short and a long one: their difference is the warm stretch, because the peer cannot be warmed otherwise."""
+def _peer_round(
+    rounds: _Rounds, image: str, cell: Cell, stride: int, first: int, options: TableOptions, *, length: int
+) -> None:
+    """Two runs, short and long: their difference is the warm stretch, as the peer cannot be warmed otherwise."""
     direct = options.latency_ms > 0
 
     def seconds(requests: int) -> float:
-        return peer_seconds(image, cell, stride=stride, requests=requests, depth=options.depth, length=length,
-                            aio=options.aio, direct=direct)
+        return peer_seconds(
+            image,
+            cell,
+            stride=stride,
+            requests=requests,
+            depth=options.depth,
+            length=length,
+            aio=options.aio,
+            direct=direct,
+        )
 
     short, long = seconds(first), seconds(first + options.requests)
     rounds.peer_cold.append(first / max(short, 1e-3))
@@ -227,9 +260,13 @@ def _summary(cell: Cell, stride: int, rounds: _Rounds, peer_hit: float | None) -
     cold, warm = [t.rate for t in rounds.cold], [t.rate for t in rounds.warm]
     with_peer = bool(rounds.peer_warm)
     return Measured(
-        cluster_bits=cell.cluster_bits, entry_bytes=cell.entry_bytes, cache_bytes=cell.cache_bytes,
-        published=cell.published, stride=stride,
-        ours_cold=statistics.median(cold), ours_warm=statistics.median(warm),
+        cluster_bits=cell.cluster_bits,
+        entry_bytes=cell.entry_bytes,
+        cache_bytes=cell.cache_bytes,
+        published=cell.published,
+        stride=stride,
+        ours_cold=statistics.median(cold),
+        ours_warm=statistics.median(warm),
         hit_cold=statistics.median(t.hit_ratio for t in rounds.cold),
         hit_warm=statistics.median(t.hit_ratio for t in rounds.warm),
         metadata_bytes_cold=int(statistics.median(t.metadata_bytes for t in rounds.cold)),

@@ -30,7 +30,7 @@ def test_the_result_counts_what_was_read(tmp_path: Path) -> None:
     with cowslice.open(path, warmup="off") as disk:
         result = bench_image(disk, BenchOptions(count=300, depth=3))
     assert (result.requests, result.bytes) == (300, 300 * 4096)
-    assert result.hits > 0 and result.misses > 0 and result.metadata_bytes > 0 and result.rate > 0
+    assert min(result.hits, result.misses, result.metadata_bytes, result.rate) > 0
 
 
 @pytest.mark.parametrize("options", [{"count": 0}, {"depth": 0}, {"length": 0}, {"step": -1}, {"offset": -1}])

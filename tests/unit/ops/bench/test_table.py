@@ -28,12 +28,13 @@ def test_the_published_disk_has_maps_of_five_megabytes_and_a_quarter_of_that() -
 def test_every_cell_is_measured_cold_and_warm(tmp_path: Path) -> None:
     table = measure_table(tiny(tmp_path, layout="random"))
     assert [(cell.cluster_bits, cell.cache_bytes) for cell in table.cells] == [
-        (cell.cluster_bits, cell.cache_bytes) for cell in CELLS if cell.entry_bytes == 4096]
+        (cell.cluster_bits, cell.cache_bytes) for cell in CELLS if cell.entry_bytes == 4096
+    ]
     for cell in table.cells:
-        assert cell.ours_cold > 0 and cell.ours_warm > 0 and cell.ceiling > 0
-        assert cell.metadata_bytes_cold > 0 and cell.metadata_bytes_warm == 0
+        assert min(cell.ours_cold, cell.ours_warm, cell.ceiling, cell.metadata_bytes_cold) > 0
+        assert cell.metadata_bytes_warm == 0
         assert cell.hit_cold < cell.hit_warm == 1.0
-        assert cell.peer_warm is None and cell.ratio_warm is None
+        assert (cell.peer_warm, cell.ratio_warm) == (None, None)
     assert list(tmp_path.iterdir()) == []
 
 
