@@ -40,6 +40,7 @@ FEW_NEED = (
     "cowslice.codec.sectors",
     "cowslice.ops.bitmaprefs",
     "cowslice.ops.claims",
+    "cowslice.ops.mapsize",
 )
 
 # The doors, whose business is to open a room only when somebody walks in: there everything may come late.
