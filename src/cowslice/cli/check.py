@@ -25,7 +25,8 @@ Exit status: 0 clean, 1 the check could not be completed, 2 corrupt,
 @output_format
 @click.option("-r", "repair", metavar="leaks|all", help="Refused: this program does not write to images yet.")
 @click.option("-p", "progress", is_flag=True, help="Show progress.")
-@click.option("-T", "cache_mode", type=click.Choice(CACHE_MODES), default="writeback", help="'none' reads around the page cache.")
+@click.option("-T", "cache_mode", type=click.Choice(CACHE_MODES), default="writeback",
+              help="'none' reads around the page cache.")
 @click.option("-m", "workers", type=click.IntRange(1, 16), default=2, show_default=True, help="Threads.")
 @common
 @click.argument("image")
@@ -49,7 +50,9 @@ def command(
                   progress=progress and not quiet, output=output, quiet=quiet)
 
 
-def _check(name: str, *, direct: bool, force_share: bool, workers: int, progress: bool, output: str, quiet: bool) -> int:
+def _check(
+    name: str, *, direct: bool, force_share: bool, workers: int, progress: bool, output: str, quiet: bool
+) -> int:
     from cowslice.ops.check import check
     from cowslice.storage.locate import locate
 

@@ -32,7 +32,9 @@ def status_of(totals: Totals) -> int:
     return LEAKS if totals.leaks else CLEAN
 
 
-def say_report(totals: Totals, findings: Sequence[CheckFinding], untold: int, *, name: str, output: str, quiet: bool) -> int:
+def say_report(
+    totals: Totals, findings: Sequence[CheckFinding], untold: int, *, name: str, output: str, quiet: bool
+) -> int:
     """Print the result and return the exit status."""
     if output == "json":
         say_json(as_json(totals, findings, untold, name=name))
@@ -81,7 +83,8 @@ def _say_verdict(totals: Totals) -> None:
     if totals.check_errors:
         say(paint(f"{_many(totals.check_errors, 'thing')} could not be checked.", "red"))
     if totals.corruptions:
-        say(paint(f"{_many(totals.corruptions, 'corruption')}: reading may give wrong data, writing may destroy more.", "red"))
+        found = _many(totals.corruptions, "corruption")
+        say(paint(f"{found}: reading may give wrong data, writing may destroy more.", "red"))
     if totals.leaks:
         wasted = format_size(totals.leaks * totals.cluster_size)
         say(paint(f"{_many(totals.leaks, 'leaked cluster')}: {wasted} wasted, no data is wrong.", "yellow"))

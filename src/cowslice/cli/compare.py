@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from cowslice.cli.images import open_image
 from cowslice.cli.options import CACHE_MODES, Given, chain, common
 from cowslice.cli.output import complain, paint, say
 from cowslice.errors import BadOption, CowsliceError
+
+if TYPE_CHECKING:
+    from cowslice.image.image import Image
+    from cowslice.ops.compare import CompareResult
 
 SAME, DIFFERENT, CANNOT_OPEN, CANNOT_MAP, CANNOT_READ = range(5)
 
@@ -27,7 +33,8 @@ Exit status: 0 same content, 1 different, 2 an image cannot be opened,
 @click.option("-F", "second_format", metavar="FORMAT", help="Format of the second image.")
 @click.option("-s", "strict", is_flag=True, help="Also compare sizes and the state of every extent.")
 @click.option("-p", "progress", is_flag=True, help="Show progress.")
-@click.option("-T", "cache_mode", type=click.Choice(CACHE_MODES), default="writeback", help="'none' reads around the page cache.")
+@click.option("-T", "cache_mode", type=click.Choice(CACHE_MODES), default="writeback",
+              help="'none' reads around the page cache.")
 @click.option("-m", "workers", type=click.IntRange(1, 16), default=2, show_default=True, help="Threads.")
 @common
 @chain
@@ -50,7 +57,7 @@ def command(
             disks = [
                 stack.enter_context(open_image(name, Given(
                     format_name=format_name, image_opts=image_opts, objects=objects, force_share=force_share,
-                    allowed=allowed, allow_any=allow_any, direct=direct)))
+                    allowed=allowed, allow_any=allow_any, direct=direct), warmup="off"))
                 for name, format_name in ((one, first_format), (other, second_format))
             ]
         except BadOption:
@@ -61,7 +68,7 @@ def command(
         return _compare(disks[0], disks[1], strict=strict, workers=workers, progress=progress, quiet=quiet)
 
 
-def _compare(one, other, *, strict: bool, workers: int, progress: bool, quiet: bool) -> int:  # type: ignore[no-untyped-def]
+def _compare(one: Image, other: Image, *, strict: bool, workers: int, progress: bool, quiet: bool) -> int:
     from cowslice.cli.progress import maybe_shown
     from cowslice.ops.compare import MapFailed, ReadFailed, compare
 
@@ -79,7 +86,7 @@ def _compare(one, other, *, strict: bool, workers: int, progress: bool, quiet: b
     return SAME if result.difference is None else DIFFERENT
 
 
-def _say(result, one: int, other: int) -> None:  # type: ignore[no-untyped-def]
+def _say(result: CompareResult, one: int, other: int) -> None:
     difference = result.difference
     if result.sizes_differ and (difference is None or difference.what != "size"):
         say(f"The sizes differ ({one} and {other} bytes); only zeros count as equal behind the shorter disk.")

@@ -40,10 +40,12 @@ class Terminated(BaseException):
 
 @click.command("convert", epilog=EPILOG)
 @image_format
-@click.option("-O", "target_format", metavar="FORMAT", default="raw", show_default=True, help="Format of the target: raw.")
+@click.option("-O", "target_format", metavar="FORMAT", default="raw", show_default=True,
+              help="Format of the target: raw.")
 @click.option("-S", "sparse", metavar="SIZE", default="4k", show_default=True,
               help="Zeros of at least this size become a hole; 0 writes everything.")
-@click.option("-m", "workers", type=click.IntRange(1, 16), default=8, show_default=True, help="Requests under way at once.")
+@click.option("-m", "workers", type=click.IntRange(0, 16), default=0, metavar="NUMBER",
+              help="Requests under way at once, 1 to 16. Default: one for each processor.")
 @click.option("-p", "progress", is_flag=True, help="Show progress.")
 @click.option("-l", "snapshot", metavar="SNAPSHOT", help="Copy this internal snapshot: its id or name, or "
               "snapshot.id=ID, or snapshot.name=NAME.")
@@ -52,7 +54,8 @@ class Terminated(BaseException):
 @click.option("--salvage", is_flag=True, help="Sectors that cannot be read become zeros.")
 @click.option("-t", "target_cache", type=click.Choice(CACHE_MODES), default="unsafe", show_default=True,
               help="'unsafe' does not wait until the target is stable.")
-@click.option("-T", "source_cache", type=click.Choice(CACHE_MODES), default="writeback", help="'none' reads around the page cache.")
+@click.option("-T", "source_cache", type=click.Choice(CACHE_MODES), default="writeback",
+              help="'none' reads around the page cache.")
 @click.option("-W", "out_of_order", is_flag=True, help="Accepted: writing a file is never in order.")
 @common
 @chain
@@ -74,7 +77,7 @@ def command(
     signal.signal(signal.SIGTERM, _terminate)
     try:
         with ExitStack() as stack:
-            disks = [stack.enter_context(open_image(source, given, snapshot=_snapshot_name(snapshot)))
+            disks = [stack.enter_context(open_image(source, given, warmup="off", snapshot=_snapshot_name(snapshot)))
                      for source in sources]
             _convert(disks, target, options, existing=existing, is_zero=target_is_zero, sync=target_cache != "unsafe",
                      progress=progress and not quiet)
@@ -84,7 +87,8 @@ def command(
 
 
 def _convert(
-    disks: list[Image], target: str, options: ConvertOptions, *, existing: bool, is_zero: bool, sync: bool, progress: bool
+    disks: list[Image], target: str, options: ConvertOptions, *, existing: bool, is_zero: bool, sync: bool,
+    progress: bool,
 ) -> None:
     from cowslice.cli.progress import maybe_shown
     from cowslice.ops.convert import convert
@@ -99,13 +103,15 @@ def _convert(
             return
         refuse_sources(target, [layer.storage.fileno() for disk in disks for layer in disk.layers]
                        + [layer.data.fileno() for disk in disks for layer in disk.layers])
-        file = stack.enter_context(raw_target(target, size, existing=existing, is_zero=is_zero, sync=sync))
+        file = raw_target(target, size, existing=existing, is_zero=is_zero, sync=sync)
+        stack.enter_context(file)
         advance = stack.enter_context(maybe_shown("converting", progress))
         convert(disks, file, options, progress=advance, warn=warn)
 
 
 def _refuse(
-    target_format: str, sources: tuple[str, ...], target: str, *, snapshot: str | None, existing: bool, target_is_zero: bool
+    target_format: str, sources: tuple[str, ...], target: str, *, snapshot: str | None, existing: bool,
+    target_is_zero: bool,
 ) -> None:
     if target_format != "raw":
         raise UnsupportedImage(f"'-O {target_format}' is refused: this program writes raw targets only",

@@ -18,7 +18,7 @@ FORMATS = ("qcow2", "raw")
 
 
 def open_image(text: str, given: Given, **more: Any) -> Image:
-    """Open one IMAGE argument for reading. Raises cowslice.errors; a refused name comes with the flag that permits it."""
+    """Open one IMAGE argument for reading. A ReferenceRefused comes out with the flag that would permit it."""
     from cowslice.image.image import Image
 
     named = name_image(text, given)

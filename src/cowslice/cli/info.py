@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from cowslice.cli import exitcodes
 from cowslice.cli.options import Given, chain, common, image_format, name_image, output_format
 from cowslice.cli.output import complain, say, say_json
 from cowslice.errors import BadOption, ReferenceRefused
+
+if TYPE_CHECKING:
+    from cowslice.ops.info import ImageFacts
 
 EPILOG = """\b
 Examples:
@@ -22,7 +27,8 @@ Exit status: 0 done, 1 the image cannot be read or used, 64 usage."""
 @click.command("info", epilog=EPILOG)
 @image_format
 @output_format
-@click.option("--backing-chain", "whole_chain", is_flag=True, help="Also look at the backing files, which are opened for it.")
+@click.option("--backing-chain", "whole_chain", is_flag=True,
+              help="Also look at the backing files, which are opened for it.")
 @common
 @chain
 @click.argument("image")
@@ -37,12 +43,13 @@ def command(
     """
     from cowslice.cli.infoout import as_json, say_facts
 
-    given = Given(format_name=format_name, image_opts=image_opts, objects=objects, force_share=force_share)
+    given = Given(format_name=format_name, image_opts=image_opts, objects=objects, force_share=force_share,
+                  allowed=allowed, allow_any=allow_any)
     named = name_image(image, given)
     wanted = named.options.get("driver")
     if wanted not in (None, "qcow2", "raw"):
         raise BadOption(f"the format is '{wanted}', expected qcow2 or raw")
-    found = _chain(named.name, wanted, given, allowed, allow_any) if whole_chain else [_one(named.name, wanted, given)]
+    found = _chain(named.name, wanted, given) if whole_chain else [_one(named.name, wanted, given)]
     if output == "json":
         shown = [as_json(facts) for facts in found]
         say_json(shown if whole_chain else shown[0])
@@ -54,7 +61,7 @@ def command(
     return _status(found)
 
 
-def _one(name, wanted, given):  # type: ignore[no-untyped-def]
+def _one(name: str, wanted: str | None, given: Given) -> ImageFacts:
     from cowslice.ops.info import inspect
     from cowslice.storage.locate import locate
 
@@ -62,11 +69,11 @@ def _one(name, wanted, given):  # type: ignore[no-untyped-def]
         return inspect(storage, format_name=wanted)
 
 
-def _chain(name, wanted, given, allowed, allow_any):  # type: ignore[no-untyped-def]
+def _chain(name: str, wanted: str | None, given: Given) -> list[ImageFacts]:
     from cowslice.image.gate import FolderGate, PermitGate
     from cowslice.ops.infochain import inspect_chain
 
-    gate = PermitGate() if allow_any else FolderGate(allowed)
+    gate = PermitGate() if given.allow_any else FolderGate(given.allowed)
     try:
         return inspect_chain(name, gate, format_name=wanted, force_share=given.force_share)
     except ReferenceRefused as error:
@@ -74,7 +81,7 @@ def _chain(name, wanted, given, allowed, allow_any):  # type: ignore[no-untyped-
         raise
 
 
-def _status(found) -> int:  # type: ignore[no-untyped-def]
+def _status(found: list[ImageFacts]) -> int:
     for facts in found:
         for finding in facts.findings:
             if finding.fatal:

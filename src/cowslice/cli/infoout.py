@@ -108,7 +108,8 @@ def _our_json(facts: ImageFacts) -> dict[str, Any]:
     if facts.guessed:
         shown["format-guessed"] = True
     if facts.cache is not None:
-        shown["cache"] = {"full-coverage": facts.cache.full_coverage, "default-l2-cache-size": facts.cache.l2_cache_size,
+        shown["cache"] = {"full-coverage": facts.cache.full_coverage,
+                          "default-l2-cache-size": facts.cache.l2_cache_size,
                           "default-l2-cache-entry-size": facts.cache.l2_cache_entry_size,
                           "default-covers": min(facts.cache.covered, facts.virtual_size)}
     if facts.map_size is not None:
@@ -160,7 +161,8 @@ def _fields(facts: ImageFacts) -> Iterator[tuple[str, str]]:
     yield "cluster size", format_size(facts.header.geometry.cluster_size)
     if facts.backing_name is not None:
         kind = facts.first.backing_format
-        yield "backing file", printable(facts.backing_name) + (f" ({printable(kind)})" if kind else " (format not said)")
+        said = f" ({printable(kind)})" if kind else " (format not said)"
+        yield "backing file", printable(facts.backing_name) + said
     if facts.first.data_file_name:
         raw = ", raw" if facts.header.autoclear & Autoclear.RAW_EXTERNAL else ""
         yield "data file", printable(os.fsdecode(facts.first.data_file_name)) + raw

@@ -81,5 +81,5 @@ def _say_table(extents: Iterable[Extent]) -> None:
     for extent in chained(known, rest):
         at = "" if extent.offset is None else f"{extent.offset:#x}"
         name = printable(extent.filename or "")
-        say(f"{extent.start:>#{width}x}  {format_size(extent.length):>10}  {extent_state(extent):<14}  {extent.depth:>5}  "
-            f"{at:>{width}}  {name}".rstrip())
+        what = f"{format_size(extent.length):>10}  {extent_state(extent):<14}  {extent.depth:>5}"
+        say(f"{extent.start:>#{width}x}  {what}  {at:>{width}}  {name}".rstrip())

@@ -31,7 +31,8 @@ def output_format(command: F) -> F:
 
 def image_format(command: F) -> F:
     """-f FORMAT of an image that is read."""
-    return click.option("-f", "format_name", metavar="FORMAT", help="Format of the image: qcow2 or raw. Default: look.")(command)
+    return click.option("-f", "format_name", metavar="FORMAT",
+                        help="Format of the image: qcow2 or raw. Default: look.")(command)
 
 
 def common(command: F) -> F:
@@ -53,7 +54,8 @@ def chain(command: F) -> F:
     for option in reversed((
         click.option("--allow", "allowed", multiple=True, metavar="DIR", type=click.Path(file_okay=False),
                      help="Also follow backing and data files under DIR. Default: only under the image's own folder."),
-        click.option("--allow-any", is_flag=True, help="Follow any local file that the image names. Only for images you trust."),
+        click.option("--allow-any", is_flag=True,
+                     help="Follow any local file that the image names. Only for images you trust."),
     )):
         command = option(command)
     return command
@@ -147,7 +149,8 @@ def _taken_options(options: dict[str, str], given: Given) -> dict[str, Any]:
         elif key == "encrypt.key-secret":
             fields["secret"] = secret_of(value, given.objects)
         elif key == "backing":
-            fields["backing"] = _no_backing(value)
+            _expect_null(value)
+            fields["backing"] = None
         elif key in ("backing.file.filename", "backing.filename"):
             fields["backing"] = value
         elif key == "backing.driver":
@@ -219,6 +222,6 @@ def _whole_number(value: str, key: str) -> int:
     return int(value)
 
 
-def _no_backing(value: str) -> None:
+def _expect_null(value: str) -> None:
     if value not in ("", "null"):
         raise BadOption(f"backing is '{value}', expected null, or backing.file.filename=PATH")

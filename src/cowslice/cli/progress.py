@@ -50,8 +50,15 @@ def _lines(doing: str) -> Iterator[Advance]:
 @contextmanager
 def _bar(doing: str, unit: str) -> Iterator[Advance]:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     speeds = (DownloadColumn(binary_units=True), TransferSpeedColumn()) if unit == "bytes" else ()
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), *speeds, TimeRemainingColumn())

@@ -1,6 +1,6 @@
 """The verbs, each in a file of its own that is imported when its word is said; and what their faults become.
 
-A verb is a click command whose callback returns the exit status, or None for 0. It raises cowslice.errors and nothing else.
+A verb is a click command whose callback returns the exit status, or None for 0. It raises cowslice.errors only.
 """
 
 from __future__ import annotations
@@ -63,8 +63,12 @@ def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> No
     ctx.exit()
 
 
-@click.group(cls=Verbs, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("-V", "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version.")
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(cls=Verbs, epilog=EPILOG, context_settings=_SETTINGS)
+@click.option("-V", "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version,
+              help="Show the version.")
 def cowslice() -> None:
     """Look at, check, compare and convert qcow2 disk images.
 

@@ -40,7 +40,7 @@ def is_zero(buffer):
 
 
 def data_runs(buffer, Py_ssize_t unit):
-    """[(start, end)] of the runs of units that are not all zeros, ascending; the last unit may be cut short. `unit` is in bytes."""
+    """[(start, end)] in bytes of the runs of units that are not all zeros, ascending; the last unit may be short."""
     cdef Py_buffer view
     cdef Py_ssize_t at = 0, step, start = -1
     cdef bint zero

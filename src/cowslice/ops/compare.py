@@ -101,7 +101,7 @@ class _Run:
 
     def _to_read(self, start: int, left: Extent, right: Extent) -> Iterator[_Work]:
         length = min(left.end, right.end) - start
-        if left.zero and right.zero or _same_bytes(left, right, start):
+        if (left.zero and right.zero) or _same_bytes(left, right, start):
             return
         if left.zero:
             yield from _cut(self.other, None, start, length)

@@ -6,6 +6,7 @@ failure it raises, and whatever it wrote by then is the caller's to throw away.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ from cowslice.ops.pump import Pump
 from cowslice.units import SECTOR, MiB
 
 # One request: large enough that Python costs nothing beside it, small enough to stay in the processor's caches.
-CHUNK = 2 * MiB
+CHUNK = 1 * MiB
 MAX_WORKERS = 16
+REMOTE_WORKERS = 8
 MAX_SPARSE = 16 * MiB
 SPARSE = 4096
 _ZERO_KINDS = (Kind.ZERO, Kind.ZERO_ALLOCATED)
@@ -45,17 +47,20 @@ class Target(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertOptions:
-    """How to copy. `sparse`: bytes of zeros that become a hole, 0 for none. `salvage`: unreadable sectors become zeros."""
+    """How to copy. `sparse`: bytes of zeros that become a hole, 0 for none. `salvage`: unreadable sectors become zeros.
 
-    workers: int = 8
+    `workers` 0 chooses: as many as there are processors for local files, 8 where each read has to travel.
+    """
+
+    workers: int = 0
     sparse: int = SPARSE
     salvage: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.workers <= MAX_WORKERS:
-            raise BadOption(f"the number of workers is {self.workers}, expected 1 to {MAX_WORKERS}")
+        if not 0 <= self.workers <= MAX_WORKERS:
+            raise BadOption(f"the number of workers is {self.workers}, expected 0 to {MAX_WORKERS}")
         if self.sparse % SECTOR or not 0 <= self.sparse <= MAX_SPARSE:
-            raise BadOption(f"the sparse size is {self.sparse}, expected a multiple of {SECTOR} up to {MAX_SPARSE}, or 0")
+            raise BadOption(f"sparse size is {self.sparse}, expected 0 or a multiple of {SECTOR} up to {MAX_SPARSE}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +86,17 @@ def convert(
     total = sum(image.size for image in sources)
     count = _Count(total, progress)
     pump: Pump[_Chunk] = Pump(
-        _chunks(sources, count), lambda: _Copier(target, options, pump, count, warn), options.workers
+        _chunks(sources, count), lambda: _Copier(target, options, pump, count, warn), _workers(sources, options)
     )
     count.add(0)
     pump.run()
+
+
+def _workers(sources: Sequence[Image], options: ConvertOptions) -> int:
+    if options.workers:
+        return options.workers
+    local = all(layer.data.fileno() >= 0 for image in sources for layer in image.layers)
+    return min(REMOTE_WORKERS, os.cpu_count() or 1) if local else REMOTE_WORKERS
 
 
 class _Count:
@@ -122,7 +134,7 @@ def _chunks(sources: Sequence[Image], count: _Count) -> Iterator[_Chunk]:
 
 
 def _zeros_at(image: Image, offset: int) -> int:
-    """Bytes from here that read as zeros without being stored; 0 also where the map cannot be read (reading will tell)."""
+    """Bytes from here that read as zeros without being stored. 0 where the map cannot be read: reading will tell."""
     end = offset
     try:
         while end < image.size:
@@ -138,7 +150,9 @@ def _zeros_at(image: Image, offset: int) -> int:
 class _Copier:
     """One worker: its buffer is made once and reused for every chunk."""
 
-    def __init__(self, target: Target, options: ConvertOptions, pump: Pump[_Chunk], count: _Count, warn: Warn | None) -> None:
+    def __init__(
+        self, target: Target, options: ConvertOptions, pump: Pump[_Chunk], count: _Count, warn: Warn | None
+    ) -> None:
         self._target = target
         self._options = options
         self._pump = pump

@@ -19,7 +19,9 @@ class Stopped(Exception):
 class Pump(Generic[Chunk]):
     """Hands chunks to workers in order. `make_work()` is called once in each worker and returns what does a chunk."""
 
-    def __init__(self, chunks: Iterator[Chunk], make_work: Callable[[], Callable[[int, Chunk], None]], workers: int) -> None:
+    def __init__(
+        self, chunks: Iterator[Chunk], make_work: Callable[[], Callable[[int, Chunk], None]], workers: int
+    ) -> None:
         self._chunks = enumerate(chunks)
         self._make_work = make_work
         self._workers = workers

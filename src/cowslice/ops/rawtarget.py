@@ -6,6 +6,7 @@ finished, so that a name never stands for half a disk.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterable
@@ -56,7 +57,9 @@ class NewFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is not None:
             self._discard()
             return
@@ -66,7 +69,9 @@ class NewFile:
             os.replace(self._temporary, self._path)
         except OSError as failure:
             self._discard()
-            raise failure if isinstance(failure, StorageError) else StorageError.of(failure, "create", self._path)
+            if isinstance(failure, StorageError):
+                raise
+            raise StorageError.of(failure, "create", self._path) from failure
         except BaseException:
             self._discard()
             raise
@@ -81,10 +86,8 @@ class NewFile:
     def _discard(self) -> None:
         self._storage.close()
         self._close_old()
-        try:
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(self._temporary)
-        except FileNotFoundError:
-            pass
 
     def _close_old(self) -> None:
         if self._old is not None:
@@ -117,7 +120,9 @@ class ExistingFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None and self._sync:
                 self._storage.sync()
@@ -152,7 +157,9 @@ class Stream:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Nothing to close."""
 
 

@@ -18,7 +18,7 @@ cdef extern from * nogil:
     uint32_t __atomic_fetch_add(uint32_t *slot, uint32_t step, int order)
     uint32_t __atomic_fetch_sub(uint32_t *slot, uint32_t step, int order)
 
-# Format section "Cluster descriptors": bit 63 copied, bit 62 compressed, bits 9-55 offset, bit 0 zero, the rest reserved.
+# Format section "Cluster descriptors": bit 63 copied, 62 compressed, 9-55 offset, 0 zero, the rest reserved.
 cdef uint64_t COPIED = <uint64_t>1 << 63
 cdef uint64_t COMPRESSED = <uint64_t>1 << 62
 cdef uint64_t OFFSET = <uint64_t>0x00FFFFFFFFFFFE00
@@ -29,6 +29,22 @@ cdef uint64_t LOW = 0xFFFFFFFF
 cdef uint32_t UNREADABLE_COUNT = 0xFFFFFFFE
 UNREADABLE = UNREADABLE_COUNT
 SATURATED = 0xFFFFFFFF
+
+
+cdef struct Rules:
+    int cluster_bits
+    bint extended
+    bint data_file
+    bint active
+    bint shared
+    uint64_t eof  # host clusters of the file
+    uint64_t bad  # bits that no standard entry may have
+
+cdef struct Seen:
+    uint64_t allocated
+    uint64_t compressed
+    uint64_t fragmented
+    uint64_t follows  # where the next cluster lies if it is not a fragment
 
 
 cdef inline bint _count(uint32_t *slot, uint32_t limit, bint shared) noexcept nogil:
@@ -82,7 +98,7 @@ cdef class Tally:
         free(self.stored)
 
     def load(self, uint64_t cluster, block, int order):
-        """Take the stored refcounts of a refcount block whose first entry describes `cluster`; `order` is log2 of the width."""
+        """Take the stored refcounts of a block whose first entry describes `cluster`; `order` is log2 of their bits."""
         cdef Py_buffer view
         cdef uint64_t i, entries, start, end
         PyObject_GetBuffer(block, &view, PyBUF_SIMPLE)
@@ -109,7 +125,7 @@ cdef class Tally:
         return marked
 
     def add(self, uint64_t cluster, uint64_t clusters=1):
-        """Count one reference to each cluster of a run; those outside the window are passed over. Returns the clusters that overflowed."""
+        """Count one reference to each cluster of a run that lies in the window. Returns the clusters that overflowed."""
         cdef uint64_t i = max(cluster, self.first)
         cdef uint64_t end = min(cluster + clusters, self.first + self.clusters)
         cdef list overflowed = []
@@ -126,7 +142,7 @@ cdef class Tally:
         return self.stored[cluster - self.first], self.counted[cluster - self.first]
 
     def mismatch(self, uint64_t cluster):
-        """The next run at or after `cluster` whose two counts differ in the same way: (cluster, clusters, stored, counted), or None."""
+        """The next run whose two counts differ in the same way: (cluster, clusters, stored, counted), or None."""
         cdef uint64_t i = max(cluster, self.first) - self.first
         cdef uint64_t start
         with nogil:
@@ -148,94 +164,97 @@ cdef class Tally:
                 i -= 1
         return <object>(i + self.first) - 1 if i else -1
 
-    def scan(self, table, *, int cluster_bits, bint extended, bint data_file, uint64_t file_length, bint active, bint shared):
+    cdef bint _compressed(self, const Rules *rules, Seen *seen, uint64_t word, uint64_t bitmap, Py_ssize_t i,
+                          list overflowed) noexcept nogil:
+        """Count a compressed entry; False when it breaks a rule."""
+        cdef int place = 70 - rules.cluster_bits
+        cdef uint64_t offset = word & ((<uint64_t>1 << place) - 1)
+        cdef uint64_t k = offset >> rules.cluster_bits
+        cdef uint64_t last = ((offset | 511) + 512 * ((word & ~(COPIED | COMPRESSED)) >> place)) >> rules.cluster_bits
+        if rules.data_file or bitmap:
+            return self.first != 0  # judged once, in the first window
+        seen.allocated += 1
+        seen.compressed += 1
+        seen.fragmented += 1
+        if last >= rules.eof or word & COPIED:
+            return False
+        while k <= last:
+            self._reference(rules, k, i, overflowed)
+            k += 1
+        return True
+
+    cdef bint _standard(self, const Rules *rules, Seen *seen, uint64_t word, uint64_t bitmap, Py_ssize_t i,
+                        list overflowed) noexcept nogil:
+        """Count a standard or extended entry; False when it breaks a rule."""
+        cdef uint64_t offset = word & OFFSET
+        cdef uint64_t k = offset >> rules.cluster_bits
+        cdef uint32_t stored
+        if offset == 0 and not (rules.data_file and word & COPIED and (rules.extended or not word & ZERO)):
+            return self.first != 0 or not (word & RESERVED or bitmap & LOW)
+        seen.allocated += 1
+        if seen.follows and seen.follows != offset:
+            seen.fragmented += 1
+        seen.follows = offset + (<uint64_t>1 << rules.cluster_bits)
+        if word & rules.bad or (bitmap >> 32) & bitmap:
+            return False
+        if rules.data_file:
+            return not rules.active or word & COPIED or self.first != 0
+        if k >= rules.eof:
+            return False
+        if k - self.first >= self.clusters:
+            return True
+        stored = self.stored[k - self.first]
+        if rules.active and (stored == 1) != (word >= COPIED) and stored != UNREADABLE_COUNT:
+            return False
+        self._reference(rules, k, i, overflowed)
+        return True
+
+    cdef inline void _reference(self, const Rules *rules, uint64_t k, Py_ssize_t i, list overflowed) noexcept nogil:
+        if k - self.first < self.clusters and not _count(self.counted + (k - self.first), self.limit, rules.shared):
+            with gil:
+                overflowed.append((i, k))
+
+    def scan(self, table, *, int cluster_bits, bint extended, bint data_file, uint64_t file_length, bint active,
+             bint shared):
         """Count what a whole L2 table refers to in this window.
 
-        Returns (odd, overflowed, allocated, compressed, fragmented): the indexes of entries that break a rule, which were *not* counted and
-        are for the caller to judge; (index, cluster) pairs beyond the refcount width; and three totals over all entries.
-        `active`: hold the copied flag against the stored refcount. `shared`: other threads count into this object now.
+        Returns (odd, overflowed, allocated, compressed, fragmented): the indexes of entries that break a rule, which
+        were *not* counted and are for the caller to judge; (index, cluster) pairs beyond the refcount width; and three
+        totals over all entries. `active`: hold the copied flag against the stored refcount. `shared`: other threads
+        count into this object now.
         """
         cdef Py_buffer view
         cdef Py_ssize_t i, n, step = 2 if extended else 1
-        cdef uint64_t word, offset, k, last, bitmap = 0, follows = 0, allocated = 0, compressed = 0, fragmented = 0
-        cdef uint64_t cluster = <uint64_t>1 << cluster_bits
-        cdef uint64_t eof = (file_length + cluster - 1) >> cluster_bits
-        cdef uint64_t bad = RESERVED | (OFFSET & (cluster - 1))
-        cdef int place = 70 - cluster_bits
-        cdef uint64_t stream = ((<uint64_t>1 << place) - 1)
-        cdef uint32_t stored
+        cdef uint64_t word, bitmap = 0, cluster = <uint64_t>1 << cluster_bits
         cdef const uint64_t *words
         cdef list odd = [], overflowed = []
+        cdef bint right
+        cdef Seen seen = Seen(0, 0, 0, 0)
+        cdef Rules rules = Rules(cluster_bits, extended, data_file, active, shared,
+                                 (file_length + cluster - 1) >> cluster_bits, RESERVED | (OFFSET & (cluster - 1)))
         PyObject_GetBuffer(table, &view, PyBUF_SIMPLE)
-        try:
-            words = <const uint64_t *>view.buf
-            n = view.len // (8 * step)
-            with nogil:
-                for i in range(n):
-                    word = be64toh(words[i * step])
-                    if extended:
-                        bitmap = be64toh(words[i * step + 1])
-                    if word == 0 and bitmap == 0:
-                        continue
-                    if word & COMPRESSED:
-                        offset = word & stream
-                        if data_file or bitmap:
-                            if self.first == 0:
-                                with gil:
-                                    odd.append(i)
-                            continue
-                        allocated += 1
-                        compressed += 1
-                        fragmented += 1
-                        k = offset >> cluster_bits
-                        last = (((offset | 511) + 512 * ((word & ~(COPIED | COMPRESSED)) >> place))) >> cluster_bits
-                        if last >= eof or word & COPIED:
-                            with gil:
-                                odd.append(i)
-                            continue
-                        while k <= last:
-                            if k - self.first < self.clusters and not _count(self.counted + (k - self.first), self.limit, shared):
-                                with gil:
-                                    overflowed.append((i, k))
-                            k += 1
-                        continue
-                    offset = word & OFFSET
-                    if offset == 0 and not (data_file and word & COPIED and (extended or not word & ZERO)):
-                        if self.first == 0 and (word & RESERVED or bitmap & LOW):
-                            with gil:
-                                odd.append(i)
-                        continue
-                    allocated += 1
-                    if follows and follows != offset:
-                        fragmented += 1
-                    follows = offset + cluster
-                    k = offset >> cluster_bits
-                    if word & bad or (bitmap >> 32) & bitmap or (not data_file and k >= eof):
-                        with gil:
-                            odd.append(i)
-                        continue
-                    if data_file:
-                        if active and not word & COPIED and self.first == 0:
-                            with gil:
-                                odd.append(i)
-                        continue
-                    if k - self.first >= self.clusters:
-                        continue
-                    stored = self.stored[k - self.first]
-                    if active and (stored == 1) != (word >= COPIED) and stored != UNREADABLE_COUNT:
-                        with gil:
-                            odd.append(i)
-                        continue
-                    if not _count(self.counted + (k - self.first), self.limit, shared):
-                        with gil:
-                            overflowed.append((i, k))
-        finally:
-            PyBuffer_Release(&view)
-        return odd, overflowed, allocated, compressed, fragmented
+        words = <const uint64_t *>view.buf
+        n = view.len // (8 * step)
+        with nogil:
+            for i in range(n):
+                word = be64toh(words[i * step])
+                if extended:
+                    bitmap = be64toh(words[i * step + 1])
+                if word == 0 and bitmap == 0:
+                    continue
+                if word & COMPRESSED:
+                    right = self._compressed(&rules, &seen, word, bitmap, i, overflowed)
+                else:
+                    right = self._standard(&rules, &seen, word, bitmap, i, overflowed)
+                if not right:
+                    with gil:
+                        odd.append(i)
+        PyBuffer_Release(&view)
+        return odd, overflowed, seen.allocated, seen.compressed, seen.fragmented
 
 
 cdef class Owners:
-    """One bit for each host cluster: it has one owner. For images in which no cluster has two, which is most of them."""
+    """One bit for each host cluster: it has one owner. For images in which none has two, which is most of them."""
 
     cdef uint64_t *bits
     cdef readonly uint64_t clusters
@@ -267,7 +286,7 @@ cdef class Owners:
     def scan(self, table, *, int cluster_bits):
         """Own what a whole standard L2 table refers to: (allocated, fragmented).
 
-        None when an entry is anything but unallocated, zero, or sole owner of an aligned cluster with the copied flag set.
+        None when an entry is anything but unallocated, zero, or sole owner of an aligned cluster that says so.
         """
         cdef Py_buffer view
         cdef Py_ssize_t i, n
@@ -295,7 +314,7 @@ cdef class Owners:
         return (allocated, fragmented) if sound else None
 
     def agree(self, uint64_t cluster, uint64_t clusters, block, int order):
-        """Whether the refcounts of a block, of this many clusters from `cluster` on, are 1 for what has an owner and else 0.
+        """Whether the refcounts of this many clusters from `cluster` on are 1 for what has an owner and else 0.
 
         `block` None stands for zeros. Clusters outside are passed over.
         """
@@ -328,7 +347,7 @@ cdef class Owners:
 
 
 def claims(table, wanted, *, int cluster_bits, bint extended):
-    """(index, cluster) of each entry of an L2 table that refers to one of the `wanted` clusters: a sorted array of unsigned 64-bit numbers."""
+    """(index, cluster) of each entry that refers to a `wanted` cluster: a sorted array of unsigned 64-bit numbers."""
     cdef Py_buffer view, sought
     cdef Py_ssize_t i, n, low, high, middle, step = 2 if extended else 1
     cdef uint64_t word, k, last

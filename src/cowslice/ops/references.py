@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cowslice.errors import StorageError
-from cowslice.format.findings import escaped
+from cowslice.format.findings import Finding, escaped
 from cowslice.format.first_cluster import (
     PREFIX_LENGTH,
     FirstCluster,
@@ -187,7 +187,9 @@ def _take_snapshot(tables: Tables, snapshot: Snapshot) -> None:
 
 def _read_snapshots(tables: Tables) -> tuple[list[Snapshot], int]:
     """The records that can be read, and the bytes they take without the padding of the last one."""
-    header, found, findings = tables.header, [], []
+    header = tables.header
+    found: list[Snapshot] = []
+    findings: list[Finding] = []
     used, want = 0, _SNAPSHOT_READ
     while len(found) < header.snapshot_count and not findings:
         at = header.snapshots_offset + used
