@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cowslice.cache.slicemap import SliceCache
 from cowslice.errors import BadOption, OutOfRange, RequestError
@@ -26,7 +26,7 @@ from cowslice.image.file import ImageFile
 from cowslice.image.layer import Layer
 from cowslice.image.lease import Lease
 from cowslice.image.mapping import Extent, extents, merged
-from cowslice.image.options import OpenOptions, Source
+from cowslice.image.options import OpenKeywords, OpenOptions, Source
 from cowslice.image.qcow2 import Qcow2Layer
 from cowslice.image.reading import read_piece
 from cowslice.image.snapshots import load_snapshots
@@ -34,7 +34,7 @@ from cowslice.image.upkeep import Upkeep
 from cowslice.storage.base import Storage
 
 if TYPE_CHECKING:
-    from typing import Self
+    from typing import Self, Unpack
 
     from _typeshed import ReadableBuffer, WriteableBuffer
 
@@ -250,7 +250,7 @@ class Image:
             yield extent
 
 
-def open_image(source: Source, mode: str = "r", **options: Any) -> Image:
+def open_image(source: Source, mode: str = "r", **options: Unpack[OpenKeywords]) -> Image:
     """Open a qcow2 or raw image by path, URL or storage, read-only.
 
     format: "qcow2" or "raw"; by default a file must have qcow2's magic. Never trust a default for a disk that a guest
@@ -264,7 +264,8 @@ def open_image(source: Source, mode: str = "r", **options: Any) -> Image:
     backing: None leaves the backing file closed, and what it holds reads as zeros; a path, URL or storage replaces it,
         of format backing_format. data_file: replaces the external data file.
     snapshot: id or name of the internal snapshot to show. secret: passphrase of an encrypted image, or a function that
-        gives it for a file's name. metadata_only: open neither backing nor data file nor key; only maps can be read.
+        gives it for a file's name; max_key_rounds bounds what its key slots may make us compute.
+    metadata_only: open neither backing nor data file nor key; only maps can be read.
     max_depth: most layers in a chain. on_warning: called with a sentence about what is odd.
 
     Raises BadOption, NotAnImage, MalformedImage, UnsupportedImage, CorruptImage, ReferenceRefused, CryptoError,
@@ -272,13 +273,11 @@ def open_image(source: Source, mode: str = "r", **options: Any) -> Image:
     """
     if mode != "r":
         raise BadOption(f"mode is '{mode}', expected 'r': this version reads images and does not write them")
-    try:
-        chosen = OpenOptions(**options)
-    except TypeError:
+    unknown = options.keys() - OpenOptions.__dataclass_fields__.keys()
+    if unknown:
         known = ", ".join(OpenOptions.__dataclass_fields__)
-        unknown = ", ".join(sorted(set(options) - set(OpenOptions.__dataclass_fields__)))
-        raise BadOption(f"unknown option {unknown}, expected one of {known}") from None
-    return Image(source, chosen)
+        raise BadOption(f"unknown option {', '.join(sorted(unknown))}, expected one of {known}")
+    return Image(source, OpenOptions(**options))
 
 
 def _fast_path(layers: Iterable[Layer]) -> FastPath:

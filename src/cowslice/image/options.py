@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from typing import TypedDict
 
 from cowslice.cache.sizes import DEFAULT_L2_CACHE_SIZE, PARTIAL_ENTRY_SIZE, Size, plan_cache_sizes
 from cowslice.errors import BadOption
@@ -21,7 +21,6 @@ from cowslice.units import parse_size
 
 Source = str | os.PathLike[str] | Storage
 Secret = str | bytes | Callable[[str], str | bytes | None]
-Format = Literal["qcow2", "raw"]
 MAX_DEPTH = 256  # each layer costs a descriptor and an L1 table of up to 32 MiB; usual limits allow 1024 descriptors
 POLICIES = ("clock2q+", "lru")
 WARMUPS = ("auto", "off", "full")
@@ -34,6 +33,32 @@ class Named(Enum):
 
 
 NAMED = Named.NAMED
+
+
+class OpenKeywords(TypedDict, total=False):
+    """The keywords of `cowslice.open`, for type checkers and editors: the fields of OpenOptions."""
+
+    format: str | None
+    force_share: bool
+    direct: bool
+    cache_size: Size
+    l2_cache_size: Size
+    refcount_cache_size: Size
+    l2_cache_entry_size: Size
+    cache_clean_interval: int
+    decompressed_cache_size: int | str
+    warmup: str
+    policy: str
+    gate: Gate
+    snapshot: str | None
+    secret: Secret | None
+    max_key_rounds: int | None
+    backing: Source | Named | None
+    backing_format: str | None
+    data_file: Source | Named
+    metadata_only: bool
+    max_depth: int
+    on_warning: Callable[[str], None] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +78,7 @@ class OpenOptions:
     policy: str = "clock2q+"
     gate: Gate = field(default_factory=FolderGate)
     snapshot: str | None = None
-    secret: Secret | None = None
+    secret: Secret | None = field(default=None, repr=False)
     max_key_rounds: int | None = None
     backing: Source | Named | None = NAMED
     backing_format: str | None = None
@@ -70,10 +95,10 @@ class OpenOptions:
         if self.backing_format and (self.backing is None or self.backing is NAMED):
             raise BadOption(f"backing_format is '{self.backing_format}', expected it only beside a backing file that "
                             "you name")
-        if not 0 <= self.cache_clean_interval < 1 << 32:
-            raise BadOption(f"cache-clean-interval is {self.cache_clean_interval}, expected 0 to 4294967295 seconds")
-        if self.max_depth < 1:
-            raise BadOption(f"max_depth is {self.max_depth}, expected at least 1")
+        _whole("cache-clean-interval", self.cache_clean_interval, 0, (1 << 32) - 1)
+        _whole("max_depth", self.max_depth, 1, 1 << 20)
+        if self.max_key_rounds is not None:
+            _whole("max_key_rounds", self.max_key_rounds, 1, 1 << 62)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +137,11 @@ def _budget(options: OpenOptions, refcount_cache_size: int) -> int:
         return parse_size(options.cache_size, "cache-size") - min(
             refcount_cache_size, parse_size(options.cache_size, "cache-size"))
     return DEFAULT_L2_CACHE_SIZE
+
+
+def _whole(name: str, value: object, least: int, most: int) -> None:
+    if not isinstance(value, int) or not least <= value <= most:
+        raise BadOption(f"{name} is {value!r}, expected a whole number from {least} to {most}")
 
 
 def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from cowslice.errors import BadOption
 from cowslice.format.geometry import Geometry
-from cowslice.image.options import ChainCache, OpenOptions, plan_chain_cache
+from cowslice.image.options import ChainCache, OpenKeywords, OpenOptions, plan_chain_cache
 from cowslice.units import GiB, KiB, MiB
 
 SMALL = (1 * GiB, Geometry(16))
@@ -19,10 +19,19 @@ BIG_CLUSTERS = (40 * GiB, Geometry(21))
 @pytest.mark.parametrize("option", [
     {"format": "vmdk"}, {"backing_format": "raw"}, {"backing": None, "backing_format": "raw"}, {"warmup": "now"},
     {"policy": "fifo"}, {"cache_clean_interval": -1}, {"cache_clean_interval": 1 << 32}, {"max_depth": 0},
+    {"cache_clean_interval": "soon"}, {"max_depth": None}, {"max_key_rounds": 0},
 ])
 def test_an_impossible_value_is_refused_by_its_name(option: dict[str, Any]) -> None:
     with pytest.raises(BadOption, match=list(option)[-1].replace("_", "[-_]")):
         OpenOptions(**option)
+
+
+def test_the_keywords_that_editors_see_are_the_options_that_exist() -> None:
+    assert list(OpenKeywords.__annotations__) == list(OpenOptions.__dataclass_fields__)
+
+
+def test_a_secret_is_not_shown() -> None:
+    assert "horse" not in repr(OpenOptions(secret="horse"))
 
 
 @pytest.mark.parametrize("disks, options, expected", [
