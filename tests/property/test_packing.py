@@ -103,6 +103,26 @@ def test_extended_entries_come_back_with_their_bitmaps(slice_, pool, seed):
         assert set(bitmaps[i:i + run]) == {bitmap}
 
 
+@given(runs_of_clusters(), st.lists(st.integers(0, (1 << 64) - 1), min_size=1, max_size=20), st.booleans())
+def test_all_at_once_is_the_same_as_one_by_one(slice_, pool, extended):
+    bits, words = slice_
+    bitmaps = [pool[i % len(pool)] for i in range(len(words))] if extended else None
+    packed = PackedSlice(bytes_of(words, bitmaps), bits, extended)
+    assert packed.unpacked() == [packed.locate(i)[:2] for i in range(len(words))]
+
+
+@pytest.mark.parametrize("size", [0, 4, 7, 24, 513 * 8, 1024 * 8])
+def test_what_is_no_slice_is_refused(size):
+    with pytest.raises(ValueError, match=str(size)):
+        PackedSlice(bytes(size), 16)
+
+
+@pytest.mark.parametrize("bits", [-1, 8, 22, 1000])
+def test_impossible_clusters_are_refused(bits):
+    with pytest.raises(ValueError, match=str(bits)):
+        PackedSlice(bytes(64), bits)
+
+
 @given(st.lists(st.integers(0, (1 << 64) - 1), min_size=64, max_size=64))
 @example([(1 << 64) - 1] * 64)
 @example([COPIED] + [COPIED | i << 16 for i in range(1, 64)])

@@ -72,6 +72,7 @@ cdef struct Mapped:
 cdef uint32_t words_size(const Shape *shape) noexcept nogil
 cdef uint32_t payload_size(const Shape *shape) noexcept nogil
 cdef void locate(const Shape *shape, const uint8_t *payload, uint32_t size, uint32_t index, uint32_t want, Mapped *out) noexcept nogil
+cdef void unpack(const Shape *shape, const uint8_t *payload, uint32_t size, uint64_t *words, uint64_t *bitmaps) noexcept nogil
 
 
 cdef inline uint8_t sector_bits(uint8_t cluster_bits) noexcept nogil:

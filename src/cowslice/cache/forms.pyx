@@ -144,3 +144,48 @@ cdef void locate(const Shape *shape, const uint8_t *payload, uint32_t size, uint
         locate_on_line(shape, payload, size, index, want, out)
     if shape.bitmaps != NO_BITMAPS:
         locate_bitmap(shape, payload, size, index, want, out)
+
+
+# -- all entries at once --------------------------------------------------------------------------------------------
+
+cdef void unpack(const Shape *shape, const uint8_t *payload, uint32_t size, uint64_t *words, uint64_t *bitmaps) noexcept nogil:
+    """Every entry word, and every bitmap where the shape has some: what `locate` would say of each."""
+    cdef uint32_t i
+    if shape.form == RAW:
+        memcpy(words, payload, <uint64_t> 8 << shape.entry_bits)
+    elif shape.form == EXTENTS or shape.form == RUNHEADS:
+        unpack_runs(shape, payload, size, words)
+    else:
+        unpack_line(shape, payload, size, words)
+    if shape.bitmaps != NO_BITMAPS:
+        for i in range(<uint32_t> 1 << shape.entry_bits):
+            bitmaps[i] = bitmap_at(shape, payload, size, i)
+
+
+cdef void unpack_line(const Shape *shape, const uint8_t *payload, uint32_t size, uint64_t *words) noexcept nogil:
+    cdef uint64_t base = true_base(shape)
+    cdef uint64_t slope = stride_of(shape.view, shape.cluster_bits) if shape.form == SLOPED else 0
+    cdef uint8_t tag = <uint8_t> (shape.base >> TAG_SHIFT)
+    cdef uint8_t width = shape.width, view = shape.view, cluster_bits = shape.cluster_bits
+    cdef uint64_t position = 0
+    cdef uint32_t i
+    for i in range(<uint32_t> 1 << shape.entry_bits):
+        words[i] = word_of(base + get_bits(payload, size, position, width), view, tag, cluster_bits)
+        base += slope
+        position += width
+
+
+cdef void unpack_runs(const Shape *shape, const uint8_t *payload, uint32_t size, uint64_t *words) noexcept nogil:
+    cdef uint32_t index = 0, start = 0, end = 0, run
+    cdef uint32_t entries = <uint32_t> 1 << shape.entry_bits
+    cdef uint64_t at = 8 * <uint64_t> (2 * shape.runs if shape.form == EXTENTS else heads_at(entries))
+    cdef uint64_t stride, value
+    cdef uint8_t tag = <uint8_t> (shape.base >> TAG_SHIFT)
+    while index < entries:
+        run = run_of(shape, payload, index, &start, &end)
+        value = true_base(shape) + get_bits(payload, size, at + <uint64_t> run * shape.width, shape.width)
+        stride = stride_of(shape.view, shape.cluster_bits) if value >> tag_shift(shape.view) else 0
+        for index in range(start, end):
+            words[index] = word_of(value, shape.view, tag, shape.cluster_bits)
+            value += stride
+        index = end

@@ -6,13 +6,13 @@ What is packed is unpacked and compared at once; whatever does not come back bit
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
 from cowslice.cache.forms cimport (
     BYTES, CLUSTERS, COMPRESSED, COPIED, EXTENTS, LINE, MAX_ENTRIES, MAX_WIDTH, NO_BITMAPS, OFFSET, ONE_BITMAP, RAW,
     RAW_BITMAPS, RUNHEADS, SLOPED, TAG_COMPRESSED, TAG_SHIFT, TAGGED, ZERO, Mapped, Shape, bswap64, code_width, continued,
     dictionary_length, heads_at, leading_zeros, locate, payload_size, sector_bits, stride_of, tag_shift, trailing_zeros,
-    true_base, words_size)
+    true_base, unpack, words_size)
 
 from cowslice.cache.forms import FORMS
 
@@ -33,9 +33,10 @@ cdef struct Survey:
     bint sound          # every word is expressible
     uint64_t stride     # what the next cluster of a run adds to a value
 
-
-cdef inline uint8_t bits_for(uint64_t span) noexcept nogil:
-    return 64 - leading_zeros(span) if span else 0
+# Least base and width that hold some numbers.
+cdef struct Fit:
+    uint64_t base
+    uint8_t width
 
 
 cdef inline uint8_t tag_of(uint64_t word) noexcept nogil:
@@ -43,7 +44,12 @@ cdef inline uint8_t tag_of(uint64_t word) noexcept nogil:
     return tag if tag & TAG_COMPRESSED else tag | (word & ZERO)
 
 
-# -- words to values and back ---------------------------------------------------------------------------------------
+cdef inline uint64_t misplaced(uint8_t cluster_bits) noexcept nogil:
+    """Bits that are zero in every sound standard descriptor: the reserved ones, and the offset's within a cluster."""
+    return ~(OFFSET | COPIED | ZERO) | (OFFSET & ((<uint64_t> 1 << cluster_bits) - 1))
+
+
+# -- words to values ------------------------------------------------------------------------------------------------
 
 cdef inline bint byte_value(uint64_t word, uint8_t tag, uint8_t cluster_bits, uint64_t *value) noexcept nogil:
     """View BYTES: offset << sector bits | sectors, then the tag. False where that leaves 64 bits."""
@@ -73,81 +79,76 @@ cdef void read_words(Survey *s, const uint8_t *raw, bint extended) noexcept nogi
 
 cdef void choose_view(Survey *s) noexcept nogil:
     """One tag for all: CLUSTERS. Several: TAGGED. Any compressed cluster: BYTES. Reserved or unaligned bits: not sound."""
-    cdef uint64_t loose = 0, any_word = 0
-    cdef uint64_t unaligned = OFFSET & ((<uint64_t> 1 << s.cluster_bits) - 1)
-    cdef uint8_t tag = tag_of(s.words[0])
-    cdef bint same = True
+    cdef uint64_t some = 0, every = ~<uint64_t> 0
     cdef uint32_t i
     for i in range(s.entries):
-        any_word |= s.words[i]
-        same &= tag_of(s.words[i]) == tag
-        if not s.words[i] & COMPRESSED:
-            loose |= s.words[i] & (unaligned | ~(OFFSET | COPIED | ZERO))
-    s.sound = loose == 0
-    s.tag = tag
-    s.view = BYTES if any_word & COMPRESSED else CLUSTERS if same else TAGGED
+        some |= s.words[i]
+        every &= s.words[i]
+    s.tag = tag_of(every)
+    if some & COMPRESSED:
+        s.view = BYTES
+        s.sound = True
+        return
+    s.view = CLUSTERS if (some ^ every) & (COPIED | ZERO) == 0 else TAGGED
+    s.sound = some & misplaced(s.cluster_bits) == 0
 
 
 cdef void assign_values(Survey *s) noexcept nogil:
+    cdef uint8_t bits = s.cluster_bits
+    cdef uint64_t word, loose = 0
     cdef uint32_t i
+    s.stride = stride_of(s.view, bits)
     if s.view == CLUSTERS:
         for i in range(s.entries):
-            s.values[i] = (s.words[i] & OFFSET) >> s.cluster_bits
-    elif s.view == TAGGED:
+            s.values[i] = (s.words[i] & OFFSET) >> bits
+        return
+    if s.view == TAGGED:
         for i in range(s.entries):
-            s.values[i] = ((s.words[i] & OFFSET) >> s.cluster_bits << 3) | tag_of(s.words[i])
-    else:
-        for i in range(s.entries):
-            s.sound &= byte_value(s.words[i], tag_of(s.words[i]), s.cluster_bits, &s.values[i])
-    s.stride = stride_of(s.view, s.cluster_bits)
+            s.values[i] = ((s.words[i] & OFFSET) >> bits << 3) | tag_of(s.words[i])
+        return
+    for i in range(s.entries):
+        word = s.words[i]
+        if not word & COMPRESSED:
+            loose |= word
+        s.sound &= byte_value(word, tag_of(word), bits, &s.values[i])
+    s.sound &= loose & misplaced(bits) == 0
+
+
+# -- choosing a form ------------------------------------------------------------------------------------------------
+
+cdef inline Fit fit_between(uint64_t low, uint64_t high) noexcept nogil:
+    cdef Fit fit
+    fit.base = low
+    fit.width = 64 - leading_zeros(high - low) if high != low else 0
+    return fit
+
+
+cdef Fit fit_line(const Survey *s, uint64_t slope) noexcept nogil:
+    """What holds value[i] - i * slope, compared as signed numbers."""
+    cdef int64_t low = <int64_t> s.values[0], high = low, value
+    cdef uint64_t fallen = 0
+    cdef uint32_t i
+    for i in range(s.entries):
+        value = <int64_t> (s.values[i] - fallen)
+        low = value if value < low else low
+        high = value if value > high else high
+        fallen += slope
+    return fit_between(<uint64_t> low, <uint64_t> high)
 
 
 cdef void count_runs(Survey *s) noexcept nogil:
     cdef uint8_t shift = tag_shift(s.view)
-    cdef uint32_t i
-    s.runs = 1
+    cdef uint32_t i, runs = 1
     for i in range(1, s.entries):
-        s.runs += s.values[i] != continued(s.values[i - 1], s.stride, shift)
+        runs += s.values[i] != continued(s.values[i - 1], s.stride, shift)
+    s.runs = runs
 
 
-# -- bits -----------------------------------------------------------------------------------------------------------
-
-cdef inline void put_bits(uint8_t *into, uint64_t position, uint64_t value) noexcept nogil:
-    """Or `value` in at bit `position`. Eight bytes are touched: drafts have room behind their end."""
-    cdef uint64_t chunk
-    memcpy(&chunk, into + (position >> 3), 8)
-    chunk |= value << (position & 7)
-    memcpy(into + (position >> 3), &chunk, 8)
-
-
-# -- choosing and writing a form -----------------------------------------------------------------------------------
-
-cdef struct Fit:
-    uint64_t base
-    uint8_t width
-
-
-cdef Fit fit_line(Survey *s, uint64_t slope) noexcept nogil:
-    """Least base and width that hold value[i] - i * slope, compared as signed numbers."""
-    cdef int64_t low = <int64_t> s.values[0], high = low, value
-    cdef uint32_t i
-    cdef Fit fit
-    for i in range(s.entries):
-        value = <int64_t> (s.values[i] - i * slope)
-        if value < low:
-            low = value
-        if value > high:
-            high = value
-    fit.base = <uint64_t> low
-    fit.width = bits_for(<uint64_t> high - <uint64_t> low)
-    return fit
-
-
-cdef Fit fit_heads(Survey *s) noexcept nogil:
+cdef Fit fit_heads(const Survey *s) noexcept nogil:
+    """What holds the first value of every run."""
     cdef uint64_t low = s.values[0], high = low
     cdef uint8_t shift = tag_shift(s.view)
     cdef uint32_t i
-    cdef Fit fit
     for i in range(1, s.entries):
         if s.values[i] == continued(s.values[i - 1], s.stride, shift):
             continue
@@ -155,9 +156,7 @@ cdef Fit fit_heads(Survey *s) noexcept nogil:
             low = s.values[i]
         if s.values[i] > high:
             high = s.values[i]
-    fit.base = low
-    fit.width = bits_for(high - low)
-    return fit
+    return fit_between(low, high)
 
 
 cdef inline void consider(Shape *best, uint32_t *best_size, uint8_t form, Fit fit, uint32_t runs) noexcept nogil:
@@ -186,9 +185,10 @@ cdef void choose_form(Survey *s, Shape *shape) noexcept nogil:
         return
     count_runs(s)
     size = words_size(shape)
-    heads = fit_heads(s)
-    consider(shape, &size, EXTENTS, heads, s.runs)
-    consider(shape, &size, RUNHEADS, heads, s.runs)
+    if s.runs < s.entries:  # else every value is a head, and a line of them is smaller
+        heads = fit_heads(s)
+        consider(shape, &size, EXTENTS, heads, s.runs)
+        consider(shape, &size, RUNHEADS, heads, s.runs)
     consider(shape, &size, LINE, fit_line(s, 0), 0)
     if s.view != BYTES:
         consider(shape, &size, SLOPED, fit_line(s, s.stride), 0)
@@ -197,59 +197,76 @@ cdef void choose_form(Survey *s, Shape *shape) noexcept nogil:
         shape.base = (shape.base & BASE) | (<uint64_t> s.tag << TAG_SHIFT)
 
 
-cdef void write_words(Survey *s, Draft *d) noexcept nogil:
-    cdef uint8_t form = d.shape.form
-    cdef uint64_t base, slope
+# -- writing a form -------------------------------------------------------------------------------------------------
+
+# Numbers of one width go out bit behind bit. Eight bytes are written each time: drafts have room behind their end.
+cdef struct Pen:
+    uint8_t *at
+    uint64_t carry      # bits of *at that are written already
+    uint8_t fill        # how many, 0 to 7
+
+
+cdef inline void put(Pen *pen, uint64_t value, uint8_t width) noexcept nogil:
+    cdef uint64_t chunk = pen.carry | value << pen.fill
+    cdef uint8_t fill = pen.fill + width
+    memcpy(pen.at, &chunk, 8)
+    pen.at += fill >> 3
+    pen.carry = chunk >> (fill & 0x38) if fill < 64 else 0
+    pen.fill = fill & 7
+
+
+cdef void write_line(const Survey *s, Draft *d) noexcept nogil:
+    cdef uint64_t base = true_base(&d.shape)
+    cdef uint64_t slope = s.stride if d.shape.form == SLOPED else 0
+    cdef uint8_t width = d.shape.width
     cdef uint32_t i
-    if form == RAW:
-        memcpy(d.payload, s.words, 8 * s.entries)
-        return
-    if form == EXTENTS or form == RUNHEADS:
-        write_heads(s, d)
-        return
-    base = true_base(&d.shape)
-    slope = s.stride if form == SLOPED else 0
+    cdef Pen pen = [d.payload, 0, 0]
     for i in range(s.entries):
-        put_bits(d.payload, <uint64_t> i * d.shape.width, s.values[i] - i * slope - base)
+        put(&pen, s.values[i] - base, width)
+        base += slope
 
 
-cdef void write_heads(Survey *s, Draft *d) noexcept nogil:
+cdef void write_heads(const Survey *s, Draft *d) noexcept nogil:
     cdef uint8_t shift = tag_shift(s.view)
     cdef uint64_t base = true_base(&d.shape)
     cdef bint extents = d.shape.form == EXTENTS
     cdef uint16_t *starts = <uint16_t *> d.payload
+    cdef uint64_t *bits = <uint64_t *> d.payload
     cdef uint16_t *ranks = <uint16_t *> (d.payload + (s.entries + 63) // 64 * 8)
-    cdef uint8_t *heads = d.payload + (2 * s.runs if extents else heads_at(s.entries))
     cdef uint32_t i, run = 0
+    cdef Pen pen = [d.payload + (2 * s.runs if extents else heads_at(s.entries)), 0, 0]
     for i in range(s.entries):
         if not extents and i & 63 == 0:
+            bits[i >> 6] = 0
             ranks[i >> 6] = <uint16_t> run
         if i and s.values[i] == continued(s.values[i - 1], s.stride, shift):
             continue
         if extents:
             starts[run] = <uint16_t> i
         else:
-            put_bits(d.payload, i, 1)
-        put_bits(heads, <uint64_t> run * d.shape.width, s.values[i] - base)
+            bits[i >> 6] |= <uint64_t> 1 << (i & 63)
+        put(&pen, s.values[i] - base, d.shape.width)
         run += 1
 
 
-cdef void write_bitmaps(Survey *s, Draft *d) noexcept nogil:
+cdef void write_bitmaps(const Survey *s, Draft *d) noexcept nogil:
     """Up to 16 distinct bitmaps become a dictionary and codes; more are kept as they are."""
     cdef uint64_t known[16]
     cdef uint8_t codes[MAX_ENTRIES]
-    cdef uint32_t distinct = 0, i, j
+    cdef uint32_t distinct = 0, i, j = 0
     cdef uint8_t *into = d.payload + words_size(&d.shape)
+    cdef Pen pen
     memset(known, 0, sizeof(known))
     for i in range(s.entries):
-        j = 0
-        while j < distinct and known[j] != s.bitmaps[i]:
-            j += 1
+        if not distinct or known[j] != s.bitmaps[i]:
+            j = 0
+            while j < distinct and known[j] != s.bitmaps[i]:
+                j += 1
+        if j == 16:
+            d.shape.bitmaps = RAW_BITMAPS
+            memcpy(into, s.bitmaps, 8 * s.entries)
+            return
         if j == distinct:
-            if distinct == 16:
-                d.shape.bitmaps = RAW_BITMAPS
-                memcpy(into, s.bitmaps, 8 * s.entries)
-                return
             known[distinct] = s.bitmaps[i]
             distinct += 1
         codes[i] = <uint8_t> j
@@ -257,29 +274,32 @@ cdef void write_bitmaps(Survey *s, Draft *d) noexcept nogil:
     while dictionary_length(d.shape.bitmaps) < distinct:
         d.shape.bitmaps += 1
     memcpy(into, known, 8 * dictionary_length(d.shape.bitmaps))
-    into += 8 * dictionary_length(d.shape.bitmaps)
+    pen = [into + 8 * dictionary_length(d.shape.bitmaps), 0, 0]
     for i in range(s.entries):
-        put_bits(into, <uint64_t> i * code_width(d.shape.bitmaps), codes[i])
+        put(&pen, codes[i], code_width(d.shape.bitmaps))
 
 
-cdef void write(Survey *s, bint extended, Draft *d) noexcept nogil:
-    memset(d.payload, 0, words_size(&d.shape) + 8)
-    write_words(s, d)
+cdef void write(const Survey *s, bint extended, Draft *d) noexcept nogil:
+    memset(d.payload, 0, 8)  # no payload is smaller
+    if d.shape.form == RAW:
+        memcpy(d.payload, s.words, 8 * s.entries)
+    elif d.shape.form == EXTENTS or d.shape.form == RUNHEADS:
+        write_heads(s, d)
+    else:
+        write_line(s, d)
     d.shape.bitmaps = NO_BITMAPS
     if extended:
-        memset(d.payload + words_size(&d.shape), 0, 8 * s.entries + 8 * 16)
         write_bitmaps(s, d)
     d.size = payload_size(&d.shape)
 
 
-cdef bint comes_back(Survey *s, bint extended, Draft *d) noexcept nogil:
-    cdef uint32_t i
-    cdef Mapped m
-    for i in range(s.entries):
-        locate(&d.shape, d.payload, d.size, i, 1, &m)
-        if m.word != s.words[i] or (extended and m.bitmap != s.bitmaps[i]):
-            return False
-    return True
+cdef bint comes_back(const Survey *s, bint extended, const Draft *d) noexcept nogil:
+    cdef uint64_t words[MAX_ENTRIES]
+    cdef uint64_t bitmaps[MAX_ENTRIES]
+    unpack(&d.shape, d.payload, d.size, words, bitmaps)
+    if memcmp(words, s.words, 8 * s.entries):
+        return False
+    return not extended or memcmp(bitmaps, s.bitmaps, 8 * s.entries) == 0
 
 
 cdef void pack(const uint8_t *raw, uint32_t entries, uint8_t cluster_bits, bint extended, Draft *draft) noexcept nogil:
@@ -309,10 +329,11 @@ cdef bint one_run(const uint8_t *raw, uint32_t entries, uint8_t cluster_bits, bi
     cdef uint32_t step = 2 if extended else 1, i
     cdef uint64_t word = bswap64(source[0])
     cdef uint64_t stride = (<uint64_t> 1 << cluster_bits) if word & OFFSET else 0
-    if word & (~(OFFSET | COPIED | ZERO) | (OFFSET & ((<uint64_t> 1 << cluster_bits) - 1))):
+    if word & misplaced(cluster_bits):
         return False
     for i in range(1, entries):
-        if bswap64(source[i * step]) != word + i * stride:
+        word += stride
+        if bswap64(source[i * step]) != word:
             return False
         if extended and source[2 * i + 1] != source[1]:
             return False
@@ -332,10 +353,13 @@ cdef class PackedSlice:
 
     def __init__(self, const uint8_t[::1] raw not None, int cluster_bits, bint extended=False):
         cdef Draft draft
-        cdef uint32_t entries = <uint32_t> (raw.shape[0] // (16 if extended else 8))
-        if entries == 0 or entries > MAX_ENTRIES or entries & (entries - 1) or raw.shape[0] % (16 if extended else 8):
+        cdef uint32_t entry_size = 16 if extended else 8
+        cdef uint64_t entries = <uint64_t> raw.shape[0] // entry_size
+        if entries == 0 or entries > MAX_ENTRIES or entries & (entries - 1) or raw.shape[0] % entry_size:
             raise ValueError(f"{raw.shape[0]} bytes are not 1 to {MAX_ENTRIES} whole L2 entries, a power of two")
-        pack(&raw[0], entries, cluster_bits, extended, &draft)
+        if not 9 <= cluster_bits <= 21:
+            raise ValueError(f"cluster_bits is {cluster_bits}, expected 9 to 21")
+        pack(&raw[0], <uint32_t> entries, cluster_bits, extended, &draft)
         self.shape = draft.shape
         self.payload = draft.payload[:draft.size]
 
@@ -349,6 +373,14 @@ cdef class PackedSlice:
             raise IndexError(index)
         locate(&self.shape, self.payload, <uint32_t> len(self.payload), index, want, &m)
         return m.word, m.bitmap, m.run
+
+    def unpacked(self):
+        """All (entry word, subcluster bitmap) pairs in order."""
+        cdef uint64_t words[MAX_ENTRIES]
+        cdef uint64_t bitmaps[MAX_ENTRIES]
+        memset(bitmaps, 0, sizeof(bitmaps))
+        unpack(&self.shape, self.payload, <uint32_t> len(self.payload), words, bitmaps)
+        return [(words[i], bitmaps[i]) for i in range(len(self))]
 
     @property
     def form(self):
