@@ -38,6 +38,9 @@ LOADED_LATE = {
 FEW_NEED = (
     "cowslice.codec.luks1",
     "cowslice.codec.sectors",
+    "cowslice.format.snapshots",
+    "cowslice.image.bitmaps",
+    "cowslice.image.snapshots",
     "cowslice.ops.bitmaprefs",
     "cowslice.ops.claims",
     "cowslice.ops.mapsize",

@@ -12,11 +12,11 @@ from cowslice.format.bitmaps import Bitmap, BitmapCluster, decode_bitmap_directo
 from cowslice.format.findings import escaped
 from cowslice.format.limits import MAX_BITMAP_TABLE_ENTRIES
 from cowslice.format.words import unpack_words
-from cowslice.ops.references import Area
+from cowslice.ops.tables import Area
 
 if TYPE_CHECKING:
     from cowslice.format.extensions import BitmapsPointer
-    from cowslice.ops.references import Tables
+    from cowslice.ops.tables import Tables
 
 
 def take_bitmaps(tables: Tables, pointer: BitmapsPointer) -> None:

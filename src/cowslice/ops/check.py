@@ -17,14 +17,8 @@ from cowslice.format.limits import MAX_FINDINGS
 from cowslice.format.refcounts import REFTABLE_OFFSET_MASK, REFTABLE_RESERVED_MASK
 from cowslice.ops.l2rules import EntryRules, end_fault, judge_entry, start_cluster
 from cowslice.ops.refcheck import SATURATED, Tally
-from cowslice.ops.references import (
-    Area,
-    L1Tree,
-    Tables,
-    load_tables,
-    place_fault,
-    stored_count,
-)
+from cowslice.ops.references import load_tables, place_fault, stored_count
+from cowslice.ops.tables import Area, L1Tree, Tables
 from cowslice.storage.base import Storage
 from cowslice.units import SECTOR, MiB
 

@@ -12,7 +12,7 @@ from cowslice.errors import StorageError
 from cowslice.format.entries import L1_OFFSET_MASK
 from cowslice.format.refcounts import REFTABLE_OFFSET_MASK
 from cowslice.ops.refcheck import claims
-from cowslice.ops.references import Tables
+from cowslice.ops.tables import Tables
 
 MAX_OWNERS = 16  # told for one cluster; a hostile image may have billions
 

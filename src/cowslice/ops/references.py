@@ -5,10 +5,6 @@ It counts nothing and judges nothing. Only the file itself is read; what it name
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-
 from cowslice.errors import StorageError
 from cowslice.format.findings import Finding, escaped
 from cowslice.format.first_cluster import (
@@ -17,67 +13,15 @@ from cowslice.format.first_cluster import (
     decode_first_cluster,
     first_cluster_length,
 )
-from cowslice.format.geometry import Geometry
-from cowslice.format.header import Header
 from cowslice.format.limits import MAX_L1_ENTRIES, MAX_OFFSET
 from cowslice.format.refcounts import REFTABLE_OFFSET_MASK, get_refcount
 from cowslice.format.snapshots import FIXED_LENGTH, MIN_EXTRA_V3, Snapshot, unpack_snapshots
 from cowslice.format.words import unpack_words
+from cowslice.ops.tables import Area, L1Tree, Tables
 from cowslice.storage.base import Storage
 from cowslice.units import KiB
 
 _SNAPSHOT_READ = 64 * KiB
-
-
-@dataclass(frozen=True, slots=True)
-class Area:
-    """Host bytes that one structure occupies. `owner` is how a person calls it."""
-
-    offset: int
-    length: int
-    owner: str
-
-
-@dataclass(frozen=True, slots=True)
-class L1Tree:
-    """One L1 table in memory: of the active disk or of a snapshot. `offset` is its place in bytes."""
-
-    owner: str
-    active: bool
-    offset: int
-    words: array[int]
-
-    def tables(self) -> Iterator[tuple[int, int]]:
-        """(index, entry) of every entry that is not all zero."""
-        return ((index, word) for index, word in enumerate(self.words) if word)
-
-
-@dataclass(slots=True)
-class Tables:
-    """The tables of one image file that are small enough to hold: everything but L2 tables and refcount blocks."""
-
-    storage: Storage
-    first: FirstCluster
-    file_length: int
-    trees: list[L1Tree]
-    areas: list[Area]
-    reftable: array[int]
-    snapshots: Sequence[Snapshot]
-    faults: list[str] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-
-    @property
-    def header(self) -> Header:
-        return self.first.header
-
-    @property
-    def geometry(self) -> Geometry:
-        return self.first.header.geometry
-
-    @property
-    def clusters(self) -> int:
-        """Host clusters of the file, the last one perhaps cut short."""
-        return self.geometry.clusters(self.file_length)
 
 
 def read_first_cluster(storage: Storage) -> FirstCluster:
