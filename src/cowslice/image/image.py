@@ -6,8 +6,10 @@ that are inside finish first, later ones raise Closed.
 
 from __future__ import annotations
 
+import weakref
 from array import array
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -52,14 +54,16 @@ class Image:
         self._warnings: list[str] = []
         self._options = options
         chain = open_chain(source, options, self._warn)
-        self._stack = chain.stack
         self.layers: tuple[Layer, ...] = chain.layers
         self.cache: SliceCache = chain.cache
         self.decompressed: DecompressedCache = chain.decompressed
         self.size: int = self.layers[0].size
         self._lease = Lease(self.path)
         self._fast = None if options.metadata_only else _fast_path(self.layers)
-        self._upkeep = Upkeep(chain.cache, chain.slice_maps, warm=self._warms(), interval=options.cache_clean_interval)
+        self._upkeep = Upkeep((chain.cache, chain.decompressed), chain.slice_maps, warm=self._warms(),
+                              interval=options.cache_clean_interval)
+        # Also when nobody closes: an image that is forgotten must not leave its thread and its files behind.
+        self._release = weakref.finalize(self, _give_back, self._upkeep, chain.stack)
 
     @property
     def path(self) -> str:
@@ -194,8 +198,7 @@ class Image:
         if self._fast is not None:
             self._fast.close()
         self._lease.end()
-        self._upkeep.end()
-        self._stack.close()
+        self._release()
 
     def __enter__(self) -> Self:
         return self
@@ -278,6 +281,12 @@ def open_image(source: Source, mode: str = "r", **options: Unpack[OpenKeywords])
         known = ", ".join(OpenOptions.__dataclass_fields__)
         raise BadOption(f"unknown option {', '.join(sorted(unknown))}, expected one of {known}")
     return Image(source, OpenOptions(**options))
+
+
+def _give_back(upkeep: Upkeep, files: ExitStack) -> None:
+    """End the thread before the files that it reads are closed."""
+    upkeep.end()
+    files.close()
 
 
 def _fast_path(layers: Iterable[Layer]) -> FastPath:

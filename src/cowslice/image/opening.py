@@ -7,6 +7,7 @@ Whatever the bytes are, only cowslice.errors come out, and they name the file.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Place:
         if descriptor < 0:
             return self.path or id(self.storage)
         status = os.fstat(descriptor)
-        return status.st_dev, status.st_ino
+        return ("device", status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
 
 
 @dataclass(frozen=True, slots=True)

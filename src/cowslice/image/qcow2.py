@@ -76,7 +76,7 @@ class Qcow2Layer(Layer):
     def piece_at(self, offset: int, length: int) -> Piece:
         bits = self.geometry.cluster_bits
         cluster = offset >> bits
-        word, bitmap, run = self.slices.lookup(cluster, (self.geometry.in_cluster(offset) + length - 1 >> bits) + 1)
+        word, bitmap, run = self._lookup(cluster, (self.geometry.in_cluster(offset) + length - 1 >> bits) + 1)
         entry = self._decode(word, bitmap, cluster)
         within = self.geometry.in_cluster(offset)
         if entry.kind is Kind.MIXED:
@@ -126,6 +126,13 @@ class Qcow2Layer(Layer):
         at = self.geometry.l1_index(guest) * 8
         table = int.from_bytes(self.l1[at : at + 8], "big") & L1_OFFSET_MASK
         return table + self.geometry.l2_index(guest) * self.geometry.l2_entry_size if table else -1
+
+    def _lookup(self, cluster: int, want: int) -> tuple[int, int, int]:
+        try:
+            return self.slices.lookup(cluster, want)
+        except CorruptImage as fault:
+            raise CorruptImage(f"{fault} (guest cluster {cluster}, in '{self.name}')", structure=fault.structure,
+                               offset=fault.offset) from None
 
     def _decode(self, word: int, bitmap: int, cluster: int) -> Entry:
         try:

@@ -21,16 +21,18 @@ class Warmable(Protocol):
 
 
 class Trimmable(Protocol):
-    """A slice cache, as far as it concerns us."""
+    """A cache, as far as it concerns us."""
 
     def trim(self) -> int: ...
 
 
 class Upkeep:
-    """Warm `maps` if `warm`, then trim `cache` every `interval` seconds (0: never), until `end`."""
+    """Warm `maps` if `warm`, then trim `caches` every `interval` seconds (0: never), until `end`."""
 
-    def __init__(self, cache: Trimmable, maps: Sequence[Warmable], *, warm: bool, interval: int) -> None:
-        self._cache = cache
+    def __init__(
+        self, caches: Sequence[Trimmable], maps: Sequence[Warmable], *, warm: bool, interval: int
+    ) -> None:
+        self._caches = tuple(caches)
         self._maps = tuple(maps)
         self._warm = warm
         self._interval = interval
@@ -65,4 +67,5 @@ class Upkeep:
         finally:
             self._warmed.set()
         while self._interval and not self._ending.wait(self._interval):
-            self._cache.trim()
+            for cache in self._caches:
+                cache.trim()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import array
+import gc
 import io
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ import pytest
 
 import cowslice
 from cowslice.format.entries import Kind
-from cowslice.storage import MemoryStorage
+from cowslice.storage import FileStorage, MemoryStorage
+from cowslice.testing import peers
 from cowslice.testing.model import ModelImage
 from tests.unit.image.conftest import GEOMETRY, Maker
 
@@ -264,3 +267,52 @@ def test_warm_up_can_be_waited_for(tmp_path: Path, model: ModelImage, warmup: st
 def test_the_policy_can_be_chosen(tmp_path: Path, model: ModelImage, policy: str) -> None:
     with cowslice.open(tmp_path / "disk.qcow2", policy=policy) as disk:
         assert disk.cache.statistics()["policy"] == policy
+
+
+def test_an_image_that_is_forgotten_leaves_no_thread_and_no_file(tmp_path: Path, model: ModelImage) -> None:
+    path = tmp_path / "disk.qcow2"
+    threads = threading.active_count()
+    disk = cowslice.open(path)
+    assert str(path) in {os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")}
+    del disk
+    gc.collect()
+    assert str(path) not in {os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")}
+    assert threading.active_count() == threads
+
+
+def test_a_bad_table_is_refused_with_its_place_and_the_file(tmp_path: Path, model: ModelImage) -> None:
+    path = tmp_path / "disk.qcow2"
+    l1 = int.from_bytes(model.file[40:48], "big")
+    path.write_bytes(model.file[:l1] + (1 << 63 | 0x1200).to_bytes(8, "big") + model.file[l1 + 8 :])
+    with cowslice.open(path) as disk, pytest.raises(cowslice.CorruptImage) as refusal:
+        disk.read(0, 1)
+    assert (refusal.value.structure, refusal.value.offset) == ("L1 table", l1)
+    assert str(path) in str(refusal.value)
+
+
+def test_unbuffered_reads_of_any_span_are_the_same(tmp_path: Path, model: ModelImage) -> None:
+    content = model.over(b"")
+    with cowslice.open(tmp_path / "disk.qcow2", direct=True) as disk:
+        for offset, length in ((0, model.size), (1, 4096), (511, 3), (4095, 8194), (model.size - 7, 7)):
+            assert disk.read(offset, length) == content[offset : offset + length]
+
+
+def test_an_image_in_use_is_opened_only_with_force_share(tmp_path: Path, model: ModelImage) -> None:
+    path = tmp_path / "disk.qcow2"
+    with FileStorage(path, "r+"):
+        with pytest.raises(cowslice.Locked):
+            cowslice.open(path)
+        with cowslice.open(path, force_share=True) as disk:
+            assert disk.read(0, disk.size) == model.over(b"")
+
+
+@peers.needs("nginx")
+def test_a_chain_is_read_over_http_with_names_beside_the_image(tmp_path: Path, make: Maker) -> None:
+    base = make("sub/base.qcow2", [Kind.NORMAL, Kind.COMPRESSED], salt=2)
+    top = make("top.qcow2", [Kind.UNALLOCATED, Kind.UNALLOCATED, Kind.NORMAL], backing="sub/base.qcow2")
+    make("out.qcow2", [Kind.UNALLOCATED], backing="../base.qcow2")
+    with peers.nginx(tmp_path) as url:
+        with cowslice.open(f"{url}/top.qcow2") as disk:
+            assert disk.read(0, disk.size) == top.over(base.over(b""))
+        with pytest.raises(cowslice.ReferenceRefused):
+            cowslice.open(f"{url}/sub/../out.qcow2", gate=cowslice.DenyGate())
