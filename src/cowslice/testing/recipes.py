@@ -115,8 +115,8 @@ class _Kitchen:
         options += _options_of(fixture, self.directory)
         backing = [] if fixture.backing == "none" else ["-b", *_backing_name(fixture)]
         secret = _secret_object() if fixture.encryption != "none" else []
-        arguments = ["create", "-q", *secret, "-f", "qcow2", *backing, "-o", ",".join(options), self.path, self.size]
-        _patiently(lambda: peers.qemu_img(*arguments))
+        described = [*secret, "-f", "qcow2", *backing, "-o", ",".join(options)]
+        _patiently(lambda: peers.qemu_img("create", "-q", *described, self.path, self.size))
         if fixture.encryption != "none" and fixture.preallocation != "off":
             self.guest.known = bytearray(self.size)
 

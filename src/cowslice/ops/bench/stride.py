@@ -1,9 +1,10 @@
 """A walk of fixed stride that an LRU cache sees as it sees uniform random reads.
 
 The peer's benchmark can only add a constant to the offset, modulo the disk. Nearly every constant visits the disk
-evenly and out of order, but how soon it comes back to a slice differs: one stride never hits a small LRU cache, another always
-does. Uniform random reads hit as often as the cache covers the map. So the stride is searched for which an LRU cache of
-this very size hits just as often; where none does, the nearest with *more* hits is taken, which favours the peer.
+evenly and out of order, but how soon it comes back to a slice differs: one stride never hits a small LRU cache,
+another always does. Uniform random reads hit as often as the cache covers the map. So the stride is searched for which
+an LRU cache of this very size hits just as often; where none does, the nearest with *more* hits is taken, which favours
+the peer.
 """
 
 from __future__ import annotations
