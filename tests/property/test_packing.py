@@ -17,7 +17,7 @@ lengths = st.sampled_from([1, 2, 64, 128, 256, 512])
 
 @st.composite
 def runs_of_clusters(draw):
-    """Words as an allocator leaves them: runs of host clusters, holes, zero clusters, compressed streams, rare rubbish."""
+    """Words as an allocator leaves them: runs of host clusters, holes, zero clusters, compressed ones, rare rubbish."""
     bits, count = draw(cluster_bits), draw(lengths)
     rng = random.Random(draw(st.integers(0, 1 << 32)))
     kinds = draw(st.lists(st.sampled_from("nnnzhcpr"), min_size=1, max_size=4))

@@ -33,6 +33,7 @@ cdef struct Counters:
 # never while waiting for the GIL. All methods with "The lock is held" need it; the others take it.
 @cython.final
 cdef class SliceCache:
+    cdef object __weakref__
     cdef readonly uint64_t budget
     cdef pthread_mutex_t lock
     cdef pthread_cond_t loaded
