@@ -3,13 +3,13 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from cowslice.cache.slicemap cimport SliceCache, SliceMap
+from cowslice.image.hostread cimport File
 
 # One layer as the compiled path sees it. `map` is NULL for a raw file; FastPath keeps the maps alive.
 cdef struct PlainLayer:
     void *map
     uint64_t size           # guest bytes
-    int fd                  # where normal clusters are read from, or -1
-    uint32_t alignment      # of offset, length and memory, for that descriptor
+    File file               # where normal clusters are read from
     uint8_t cluster_bits
     bint extended
     bint version2
@@ -30,8 +30,10 @@ cdef class FastPath:
     cdef SliceCache cache   # shared by all maps; None where every layer is raw
     cdef readonly uint64_t size
     cdef int active
+    cdef bint in_memory     # so are all layers and their maps
     cdef bint closed
     cdef PlainLayer *grow(self) except NULL
+    cdef attach(self, PlainLayer *layer, data)
     cdef bint locate(self, uint64_t offset, uint64_t want, bint held, Target *out) noexcept nogil
     cdef bint in_layer(self, PlainLayer *layer, uint64_t offset, uint64_t *want, bint held, Target *out, bint *below) noexcept nogil
     cdef bint in_subclusters(self, PlainLayer *layer, uint64_t word, uint64_t bitmap, uint64_t offset, uint64_t *want, Target *out, bint *below) noexcept nogil

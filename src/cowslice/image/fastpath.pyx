@@ -7,24 +7,20 @@ while reading.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.errno cimport EINTR, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 
 from cowslice.cache.packing cimport Mapped
 from cowslice.cache.slicemap cimport FOUND, SliceMap, pthread_mutex_t
+from cowslice.image.hostread cimport IN_MEMORY, File, manner_of, read_host
 
 import threading
 
 from cowslice.errors import Closed, OutOfRange, RequestError
 
 cdef extern from "<unistd.h>" nogil:
-    ssize_t pread(int fd, void *buffer, size_t count, long offset)
     int usleep(unsigned int)
-
-cdef extern from "<malloc.h>" nogil:
-    void *memalign(size_t alignment, size_t size)
 
 cdef extern from "<pthread.h>" nogil:
     int pthread_mutex_lock(pthread_mutex_t *)
@@ -36,54 +32,11 @@ cdef extern from *:
 
 cdef enum:
     CLAIM = 64              # requests that a thread of a batch takes at once
-    BOUNCE = 1 << 20        # bytes of aligned memory for one unaligned read of an unbuffered file
 
 cdef uint64_t COPIED = <uint64_t> 1 << 63
 cdef uint64_t COMPRESSED = <uint64_t> 1 << 62
 cdef uint64_t ZERO = 1
 cdef uint64_t OFFSET = 0x00FFFFFFFFFFFE00
-
-
-cdef bint read_exactly(int fd, uint8_t *buffer, uint64_t length, uint64_t offset) noexcept nogil:
-    """All of it, zeros past the end of the file; False for an error, which the plain path meets again and names."""
-    cdef uint64_t done = 0
-    cdef ssize_t got
-    while done < length:
-        got = pread(fd, buffer + done, length - done, <long> (offset + done))
-        if got < 0 and errno == EINTR:
-            continue
-        if got < 0:
-            return False
-        if got == 0:
-            memset(buffer + done, 0, length - done)
-            return True
-        done += got
-    return True
-
-
-cdef bint read_bounced(PlainLayer *layer, uint8_t *buffer, uint64_t length, uint64_t offset) noexcept nogil:
-    """An unaligned read of an unbuffered file, by way of aligned memory."""
-    cdef uint64_t skew, part
-    cdef uint64_t mask = layer.alignment - 1
-    cdef uint8_t *aligned = <uint8_t *> memalign(4096, BOUNCE)
-    cdef bint fine = aligned != NULL
-    while fine and length:
-        skew = offset & mask
-        part = BOUNCE - skew if length > BOUNCE - skew else length
-        fine = read_exactly(layer.fd, aligned, (skew + part + mask) & ~mask, offset - skew)
-        if fine:
-            memcpy(buffer, aligned + skew, part)
-        buffer += part
-        offset += part
-        length -= part
-    free(aligned)
-    return fine
-
-
-cdef inline bint read_host(PlainLayer *layer, uint8_t *buffer, uint64_t length, uint64_t offset) noexcept nogil:
-    if (<uint64_t> buffer | length | offset) & (layer.alignment - 1):
-        return read_bounced(layer, buffer, length, offset)
-    return read_exactly(layer.fd, buffer, length, offset)
 
 
 cdef class FastPath:
@@ -94,6 +47,7 @@ cdef class FastPath:
 
     def __cinit__(self):
         self.maps = []
+        self.in_memory = True
 
     def __dealloc__(self):
         free(self.layers)
@@ -107,19 +61,25 @@ cdef class FastPath:
         self.depth += 1
         return &grown[self.depth - 1]
 
+    cdef attach(self, PlainLayer *layer, data):
+        layer.file.fd = -1 if data is None else data.fileno()
+        layer.file.alignment = 1 if data is None else data.alignment
+        layer.file.manner = manner_of(layer.file.fd, layer.file.alignment)
+        self.in_memory &= layer.file.manner == IN_MEMORY
+
     def add_qcow2(self, SliceMap slices not None, *, uint64_t size, data, int cluster_bits, bint extended_l2, int version,
                   bint data_file, bint opaque):
         """Add a qcow2 layer of `size` guest bytes whose normal clusters lie in the storage `data`, or None."""
         cdef PlainLayer *layer = self.grow()
         layer.map = <void *> slices
         layer.size = size
-        layer.fd = -1 if data is None else data.fileno()
-        layer.alignment = 1 if data is None else data.alignment
+        self.attach(layer, data)
         layer.cluster_bits = cluster_bits
         layer.extended = extended_l2
         layer.version2 = version < 3
         layer.data_file = data_file
         layer.opaque = opaque
+        self.in_memory &= manner_of(slices.fd, 1) == IN_MEMORY
         self.maps.append(slices)
         self.cache = slices.cache
         self.maps_count += 1
@@ -129,8 +89,7 @@ cdef class FastPath:
         """Add a raw layer: guest bytes are the bytes of the storage `data`."""
         cdef PlainLayer *layer = self.grow()
         layer.size = size
-        layer.fd = data.fileno()
-        layer.alignment = data.alignment
+        self.attach(layer, data)
         self.size = self.layers[0].size
 
     # -- translation ------------------------------------------------------------------------------------------------
@@ -165,7 +124,7 @@ cdef class FastPath:
             out.layer = layer
             out.host = offset
             out.length = want[0]
-            return layer.fd >= 0
+            return layer.file.fd >= 0
         within = offset & ((<uint64_t> 1 << layer.cluster_bits) - 1)
         clusters = (within + want[0] - 1 >> layer.cluster_bits) + 1
         run = <uint32_t> (clusters if clusters < 0x7FFFFFFF else 0x7FFFFFFF)
@@ -214,7 +173,7 @@ cdef class FastPath:
 
     cdef bint to_host(self, PlainLayer *layer, uint64_t word, uint64_t offset, Target *out) noexcept nogil:
         cdef uint64_t mask = (<uint64_t> 1 << layer.cluster_bits) - 1
-        if layer.opaque or layer.fd < 0 or word & OFFSET & mask:
+        if layer.opaque or layer.file.fd < 0 or word & OFFSET & mask:
             return False
         out.layer = layer
         out.host = (word & OFFSET) + (offset & mask)
@@ -231,7 +190,7 @@ cdef class FastPath:
                 break
             if target.layer == NULL:
                 memset(buffer + done, 0, target.length)
-            elif not read_host(target.layer, buffer + done, target.length, target.host):
+            elif not read_host(&target.layer.file, buffer + done, target.length, target.host):
                 break
             done += target.length
         return done
@@ -338,7 +297,7 @@ cdef class FastPath:
             elif target.layer == NULL:
                 memset(out, 0, batch.length)
             else:
-                batch.undone[i] = not read_host(target.layer, out, batch.length, target.host)
+                batch.undone[i] = not read_host(&target.layer.file, out, batch.length, target.host)
 
     cdef void locate_some(self, Batch batch, int64_t first, int64_t end, Target *targets) noexcept nogil:
         """A target's length is 0 where it could not be told at once."""
