@@ -19,6 +19,7 @@ from cowslice.format.bitmaps import (
 from cowslice.format.findings import escaped
 from cowslice.format.first_cluster import FirstCluster
 from cowslice.storage.base import Storage
+from cowslice.units import div_ceil
 
 
 def load_bitmaps(storage: Storage, first: FirstCluster) -> tuple[Bitmap, ...]:
@@ -36,35 +37,49 @@ def load_bitmaps(storage: Storage, first: FirstCluster) -> tuple[Bitmap, ...]:
     return directory.bitmaps
 
 
-def dirty_extents(storage: Storage, first: FirstCluster, bitmap: Bitmap) -> Iterator[tuple[int, int]]:
+def dirty_extents(
+    storage: Storage, first: FirstCluster, bitmap: Bitmap, *, offset: int = 0, length: int | None = None
+) -> Iterator[tuple[int, int]]:
     """Yield the guest (offset, length) ranges that a bitmap marks, ascending and merged, in bytes.
 
-    Reads one cluster of bitmap data at a time. Raises CorruptImage for a bitmap that cannot be used or is in use.
+    Only what lies inside the span of `length` bytes from `offset`, by default to the end of the disk. Reads one cluster
+    of bitmap data at a time. Raises CorruptImage for a bitmap that cannot be used or is in use.
     """
     if bitmap.fault or bitmap.in_use:
         reason = bitmap.fault or "a writer did not finish it"
         raise CorruptImage(f"bitmap '{escaped(bitmap.name)}' cannot be used: {reason}", structure="bitmap directory")
+    limit = first.header.size if length is None else min(offset + length, first.header.size)
     start = end = 0
-    for offset, length in _ranges(storage, first, bitmap):
-        if offset == end and end:
-            end += length
+    for begin, stop in _ranges(storage, first, bitmap, offset, limit):
+        if begin >= limit:
+            break
+        begin, stop = max(begin, offset), min(stop, limit)
+        if begin == end and end:
+            end = stop
             continue
         if end > start:
             yield start, end - start
-        start, end = offset, offset + length
+        start, end = begin, stop
     if end > start:
         yield start, end - start
 
 
-def _ranges(storage: Storage, first: FirstCluster, bitmap: Bitmap) -> Iterator[tuple[int, int]]:
+def _ranges(
+    storage: Storage, first: FirstCluster, bitmap: Bitmap, begin: int, limit: int
+) -> Iterator[tuple[int, int]]:
+    """(start, end) of what is marked by the table entries that concern the span; the outermost may exceed it."""
     geometry, size = first.header.geometry, first.header.size
     bits = geometry.cluster_size * 8
     span = bits * bitmap.granularity
-    at = bitmap.table_offset
-    table = decode_bitmap_table(storage.read_exactly(at, bitmap.table_size * 8), geometry, at=at)
-    for index, word in enumerate(table):
+    from_entry, to_entry = begin // span, min(div_ceil(limit, span), bitmap.table_size)
+    at = bitmap.table_offset + from_entry * 8
+    table = decode_bitmap_table(storage.read_exactly(at, max(to_entry - from_entry, 0) * 8), geometry, at=at)
+    for index, word in enumerate(table, from_entry):
         kind, offset = decode_bitmap_entry(word, geometry)
         if kind is BitmapCluster.ALL_ONES:
-            yield index * span, min(span, size - index * span)
+            yield index * span, min((index + 1) * span, size)
         elif kind is BitmapCluster.DATA:
-            yield from dirty_ranges(storage.read(offset, geometry.cluster_size), index * bits, bitmap.granularity, size)
+            data = storage.read(offset, geometry.cluster_size)
+            for start, length in dirty_ranges(data, index * bits, bitmap.granularity, size):
+                if start + length > begin:
+                    yield start, start + length

@@ -47,6 +47,23 @@ def test_a_bitmap_is_dirty_where_the_guest_wrote(image: Path, name: str, expecte
         assert list(dirty_extents(disk.layers[0].storage, disk.first_cluster, bitmap)) == expected
 
 
+@pytest.mark.parametrize("offset, length, expected", [
+    (0, 1, [(0, 1)]),
+    (KiB, MiB, [(KiB, 63 * KiB), (MiB, KiB)]),
+    (64 * KiB, MiB - 64 * KiB, []),
+    (63 * MiB + 7, None, [(63 * MiB + 7, MiB - 7)]),
+    (64 * MiB, None, []),
+])
+def test_a_bitmap_is_read_only_where_it_is_asked(
+    image: Path, offset: int, length: int | None, expected: list[tuple[int, int]]
+) -> None:
+    with cowslice.open(image) as disk:
+        (bitmap,) = [one for one in disk.bitmaps if one.name == b"day"]
+        assert disk.first_cluster is not None
+        found = dirty_extents(disk.layers[0].storage, disk.first_cluster, bitmap, offset=offset, length=length)
+        assert list(found) == expected
+
+
 def test_a_damaged_directory_does_not_keep_the_disk_from_being_read(image: Path) -> None:
     file = bytearray(image.read_bytes())
     with cowslice.open(image) as disk:
