@@ -1,0 +1,48 @@
+"""The quick start in the README works as it is written."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cowslice.ops.layout import write_populated_image
+from tests.house.source_tree import ROOT
+
+README = (ROOT / "README.md").read_text()
+_CODE = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
+COMMANDS = [line for kind, code in _CODE.findall(README) if kind == "sh" for line in code.splitlines()]
+# The table is measured tiny elsewhere (test_bench_runs.py).
+VERBS = [line.split("#")[0].split("|")[0].strip() for line in COMMANDS if line.startswith("cowslice ") and "bench" not in line]
+PYTHON = [code for kind, code in _CODE.findall(README) if kind == "python"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_populated_image(tmp_path / "vm.qcow2", size=1 << 30)
+    with (tmp_path / "vm.raw").open("wb") as file:
+        file.truncate(1 << 30)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", VERBS)
+def test_a_command_of_the_quick_start_succeeds(command: str, folder: Path) -> None:
+    words = shlex.split(command)[1:]
+    done = subprocess.run([sys.executable, "-m", "cowslice.cli.main", *words], cwd=folder, capture_output=True)
+    assert (done.returncode, done.stderr.decode()) == (0, done.stderr.decode())
+    assert done.stdout or words[0] == "convert"
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_the_python_of_the_quick_start_runs(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    exec(compile(code, "README.md", "exec"), {"buffer": bytearray(512), "offsets": [0, 8192], "out": bytearray(8192)})
+
+
+def test_make_has_the_commands_that_the_readme_names() -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+    assert {"demo", "test"} <= set(re.findall(r"^make ([\w-]+)", README, re.M)) <= set(targets)
