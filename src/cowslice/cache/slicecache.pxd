@@ -59,3 +59,5 @@ cdef class SliceCache:
     cdef uint64_t trim_all(self) noexcept nogil
     cdef uint16_t adopt(self, uint64_t leaves) except 0xFFFF
     cdef void retire(self, uint16_t layer) noexcept
+    cdef bytes residency(self, uint16_t layer, uint64_t slices, uint32_t cells)
+    cdef void count_leaf(self, uint16_t layer, uint64_t first, uint64_t last, uint64_t slices, uint32_t cells, uint32_t *found) noexcept nogil

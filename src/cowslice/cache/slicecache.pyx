@@ -198,6 +198,46 @@ cdef class SliceCache:
         pthread_mutex_unlock(&self.lock)
         free(gone.leaves)
 
+    # -- what is here -----------------------------------------------------------------------------------------------
+
+    cdef bytes residency(self, uint16_t layer, uint64_t slices, uint32_t cells):
+        """The share of slices in memory, 0 to 255, of each of `cells` equal parts of a map. The lock is held per leaf."""
+        cdef uint32_t *found
+        cdef uint64_t first = 0, cell, begin, end
+        if not 1 <= cells <= 1 << 20:
+            raise BadOption(f"cells is {cells}, expected 1 to {1 << 20}")
+        found = <uint32_t *> calloc(cells, sizeof(uint32_t))
+        if found == NULL:
+            raise MemoryError(f"no memory for {cells} cells")
+        with nogil:
+            while first < slices:
+                self.count_leaf(layer, first, min(first + LEAF_WORDS, slices), slices, cells, found)
+                first += LEAF_WORDS
+        shares = bytearray(cells)
+        for cell in range(cells):
+            # A part narrower than a slice shows the slice that it lies in.
+            begin = cell * slices // cells
+            end = max((cell + 1) * slices // cells, begin + 1)
+            shares[cell] = min(found[cell] * 255 // (end - begin), 255)
+        free(found)
+        return bytes(shares)
+
+    cdef void count_leaf(self, uint16_t layer, uint64_t first, uint64_t last, uint64_t slices, uint32_t cells,
+                         uint32_t *found) noexcept nogil:
+        """Count what is in memory of slices `first` to `last`, which stand under one leaf, into the cells they touch."""
+        cdef Leaf *leaf
+        cdef uint64_t number, cell, final
+        pthread_mutex_lock(&self.lock)
+        leaf = self.directories[layer].leaves[first // LEAF_WORDS]
+        if leaf != NULL:
+            for number in range(first, last):
+                if leaf.words[number % LEAF_WORDS] & STATE < INLINE:
+                    continue
+                final = ((number + 1) * cells - 1) // slices
+                for cell in range(min((number * cells + slices - 1) // slices, final), final + 1):
+                    found[cell] += 1
+        pthread_mutex_unlock(&self.lock)
+
     # -- for Python -------------------------------------------------------------------------------------------------
 
     def trim(self):

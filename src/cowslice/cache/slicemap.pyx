@@ -463,6 +463,10 @@ cdef class SliceMap:
         pthread_mutex_unlock(&self.cache.lock)
         return outcome == FOUND
 
+    def residency(self, uint32_t cells):
+        """For each of `cells` equal parts of the disk the share of its slices that is in memory, 0 to 255, as bytes."""
+        return self.cache.residency(self.layer, self.slices, cells)
+
     def warm(self):
         """Read all L2 tables in guest order while there is room, in the calling thread; returns the slices published.
 
