@@ -1,0 +1,287 @@
+"""What a server counts, and how it tells: counters of connections, their sum per export, Prometheus' text.
+
+It does not know sockets or protocols: whoever answers requests keeps a source with `counters()`, in Python or compiled, and
+attaches it to the meter of its export. What must hold: no total ever falls, also when a connection ends.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+
+if TYPE_CHECKING:
+    from cowslice.image.image import Image
+
+COMMANDS = ("read", "write", "flush", "trim", "cache", "zero", "status")
+LATENCY_BUCKETS = 24  # bucket i counts what took less than 1024 << i nanoseconds and no less than half; the last the rest
+HEAT_CELLS = 1024  # the most parts of a disk whose requests are told apart
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Counts(TypedDict):
+    """What happened since the start. `requests` and `bytes` by command, `heat` reads and writes by place on the disk."""
+
+    requests: dict[str, int]
+    bytes: dict[str, int]
+    errors: int
+    latency: list[int]
+    latency_ns: int
+    heat: list[int]
+
+
+class Source(Protocol):
+    """Something that counts, such as a connection. It is asked from any thread."""
+
+    def counters(self) -> Counts: ...
+
+
+def latency_bucket(nanoseconds: int) -> int:
+    """The bucket of a latency."""
+    return min((nanoseconds >> 10).bit_length(), LATENCY_BUCKETS - 1)
+
+
+def heat_shift(size: int) -> int:
+    """log2 of the bytes of a heat cell: the least with which a disk of `size` bytes has HEAT_CELLS cells at most."""
+    return max((size - 1) // HEAT_CELLS, 0).bit_length()
+
+
+def heat_cells(size: int) -> int:
+    """How many heat cells such a disk has, at least one."""
+    return max(-(-size >> heat_shift(size)), 1) if size else 1
+
+
+def no_counts(size: int) -> Counts:
+    """Nothing, for a disk of `size` bytes."""
+    return {
+        "requests": dict.fromkeys(COMMANDS, 0),
+        "bytes": {"read": 0, "write": 0},
+        "errors": 0,
+        "latency": [0] * LATENCY_BUCKETS,
+        "latency_ns": 0,
+        "heat": [0] * heat_cells(size),
+    }
+
+
+def add_counts(total: Counts, more: Counts) -> None:
+    """Add `more` to `total`. Commands, buckets and cells that `more` leaves out count as zero."""
+    for name in ("requests", "bytes"):
+        mine: dict[str, int] = total[name]  # type: ignore[literal-required]
+        for key, value in more[name].items():  # type: ignore[literal-required]
+            mine[key] = mine.get(key, 0) + value
+    total["errors"] += more["errors"]
+    total["latency_ns"] += more["latency_ns"]
+    for key in ("latency", "heat"):
+        row: list[int] = total[key]  # type: ignore[literal-required]
+        for n, value in enumerate(more[key][: len(row)]):  # type: ignore[literal-required]
+            if value:
+                row[n] += value
+
+
+class Counters:
+    """Counts of requests answered in Python, for a disk of `size` bytes. Thread safe."""
+
+    def __init__(self, size: int) -> None:
+        self._counts = no_counts(size)
+        self._shift = heat_shift(size)
+        self._lock = threading.Lock()
+
+    def note(self, command: str, offset: int, length: int, nanoseconds: int, *, failed: bool = False) -> None:
+        """Count one answered request; `command` is one of COMMANDS. A failed one moved no bytes."""
+        counts = self._counts
+        with self._lock:
+            counts["requests"][command] += 1
+            counts["latency"][latency_bucket(nanoseconds)] += 1
+            counts["latency_ns"] += nanoseconds
+            if failed:
+                counts["errors"] += 1
+            elif command in counts["bytes"]:
+                counts["bytes"][command] += length
+                counts["heat"][min(offset >> self._shift, len(counts["heat"]) - 1)] += 1
+
+    def counters(self) -> Counts:
+        """A copy of what was counted."""
+        with self._lock:
+            copy = no_counts(0)
+            copy["heat"] = [0] * len(self._counts["heat"])
+            add_counts(copy, self._counts)
+            return copy
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One export at one moment. `map` is what its metadata cache says of itself, {} for a raw disk.
+
+    `resident` says for as many parts of the disk as `counts["heat"]` has which share of their map is in memory, 0 to 255.
+    """
+
+    name: str
+    size: int
+    connections: int
+    connections_total: int
+    counts: Counts
+    map: Mapping[str, Any] = field(default_factory=dict)
+    resident: bytes = b""
+
+
+class ExportMeter:
+    """The sum of what all connections to one export counted, those that ended included. Thread safe."""
+
+    def __init__(self, name: str, size: int, disk: Image | None = None) -> None:
+        self.name = name
+        self.size = size
+        self._disk = disk
+        self._past = no_counts(size)
+        self._sources: list[Source] = []
+        self._connections_total = 0
+        self._lock = threading.Lock()
+
+    def attach(self, source: Source) -> None:
+        """A connection begins."""
+        with self._lock:
+            self._sources.append(source)
+            self._connections_total += 1
+
+    def detach(self, source: Source) -> None:
+        """A connection has ended: keep what it counted. One that is not attached is ignored."""
+        with self._lock:
+            if source in self._sources:
+                self._sources.remove(source)
+                add_counts(self._past, source.counters())
+
+    def reading(self) -> Reading:
+        """What was counted until now."""
+        counts = no_counts(self.size)
+        with self._lock:
+            add_counts(counts, self._past)
+            for source in self._sources:
+                add_counts(counts, source.counters())
+            connections, connections_total = len(self._sources), self._connections_total
+        statistics, resident = self._cache(len(counts["heat"]))
+        return Reading(self.name, self.size, connections, connections_total, counts, statistics, resident)
+
+    def _cache(self, cells: int) -> tuple[Mapping[str, Any], bytes]:
+        """The cache's own counters and the residency of the top layer's map."""
+        if self._disk is None or self._disk.closed:
+            return {}, b""
+        slices = getattr(self._disk.layers[0], "slices", None)
+        if slices is None:
+            return {}, b""
+        return self._disk.cache.statistics(), slices.residency(cells)
+
+
+class Metrics:
+    """The meters of all exports of a server. Thread safe."""
+
+    def __init__(self) -> None:
+        self._meters: list[ExportMeter] = []
+        self._lock = threading.Lock()
+        self.started = time.time()
+
+    def add_export(self, name: str, size: int, disk: Image | None = None) -> ExportMeter:
+        """A meter for a new export of `size` bytes, whose map is that of `disk`."""
+        meter = ExportMeter(name, size, disk)
+        with self._lock:
+            self._meters.append(meter)
+        return meter
+
+    def readings(self) -> list[Reading]:
+        """Every export, in the order they were added."""
+        with self._lock:
+            meters = list(self._meters)
+        return [meter.reading() for meter in meters]
+
+
+# -- Prometheus --------------------------------------------------------------------------------------------------------
+
+_MAP_COUNTERS = {
+    "hits": ("cowslice_map_hits_total", "Lookups answered from memory."),
+    "misses": ("cowslice_map_misses_total", "Lookups that had to read metadata."),
+    "loads": ("cowslice_map_loads_total", "Metadata reads."),
+    "failed_loads": ("cowslice_map_failed_loads_total", "Metadata reads that failed."),
+    "joined_loads": ("cowslice_map_joined_loads_total", "Waits of a lookup for a metadata read of another one."),
+    "bytes_read": ("cowslice_map_read_bytes_total", "Bytes of metadata read."),
+    "evictions": ("cowslice_map_evictions_total", "Slices that left to make room."),
+}
+_MAP_GAUGES = {
+    "bytes_used": ("cowslice_map_bytes", "Memory that the packed map takes."),
+    "budget": ("cowslice_map_budget_bytes", "The most that the map may take."),
+}
+
+Sample = tuple[str, dict[str, str], float]  # suffix of the name, labels, value
+
+
+def exposition(metrics: Metrics) -> bytes:
+    """All exports in Prometheus' text format 0.0.4."""
+    lines: list[str] = []
+    for name, kind, text, samples in _families(metrics):
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+        lines += [f"{name}{suffix}{_labels(labels)} {_number(value)}" for suffix, labels, value in samples]
+    return ("\n".join(lines) + "\n").encode(errors="replace")
+
+
+def _families(metrics: Metrics) -> Iterator[tuple[str, str, str, list[Sample]]]:
+    """(name, type, help, samples) of every metric that has samples."""
+    readings = metrics.readings()
+    families = [
+        ("cowslice_start_time_seconds", "gauge", "When the server started, in seconds since 1970.",
+         [("", {}, metrics.started)]),
+        ("cowslice_requests_total", "counter", "Requests answered.", _by_key(readings, "requests", "command")),
+        ("cowslice_bytes_total", "counter", "Bytes moved for clients.", _by_key(readings, "bytes", "command")),
+        ("cowslice_errors_total", "counter", "Requests answered with an error.",
+         [("", {"export": r.name}, r.counts["errors"]) for r in readings]),
+        ("cowslice_request_seconds", "histogram", "Time from a request to its answer.",
+         [sample for r in readings for sample in _histogram(r)]),
+        ("cowslice_connections", "gauge", "Clients connected now.",
+         [("", {"export": r.name}, r.connections) for r in readings]),
+        ("cowslice_connections_total", "counter", "Clients that ever connected.",
+         [("", {"export": r.name}, r.connections_total) for r in readings]),
+        ("cowslice_export_bytes", "gauge", "Size of the disk.", [("", {"export": r.name}, r.size) for r in readings]),
+        *_map_families(readings),
+    ]  # fmt: skip
+    for name, kind, text, samples in families:
+        if samples:
+            yield name, kind, text, list(samples)
+
+
+def _map_families(readings: Iterable[Reading]) -> Iterator[tuple[str, str, str, list[Sample]]]:
+    mapped = [reading for reading in readings if reading.map]
+    for kind, group in (("counter", _MAP_COUNTERS), ("gauge", _MAP_GAUGES)):
+        for key, (name, text) in group.items():
+            yield name, kind, text, [("", {"export": r.name}, r.map[key]) for r in mapped]
+    slices: list[Sample] = [
+        ("", {"export": r.name, "form": form}, count) for r in mapped for form, count in r.map["slices"].items()
+    ]
+    yield "cowslice_map_slices", "gauge", "Slices of the map in memory, by how they are kept.", slices
+
+
+def _by_key(readings: Iterable[Reading], what: str, label: str) -> list[Sample]:
+    return [
+        ("", {"export": reading.name, label: key}, value)
+        for reading in readings
+        for key, value in reading.counts[what].items()  # type: ignore[literal-required]
+    ]
+
+
+def _histogram(reading: Reading) -> Iterator[Sample]:
+    """Cumulative buckets, their count and the sum, in seconds."""
+    seen, export = 0, {"export": reading.name}
+    for n, count in enumerate(reading.counts["latency"]):
+        seen += count
+        bound = "+Inf" if n == LATENCY_BUCKETS - 1 else repr((1024 << n) / 1e9)
+        yield "_bucket", {**export, "le": bound}, seen
+    yield "_sum", export, reading.counts["latency_ns"] / 1e9
+    yield "_count", export, seen
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    def escaped(text: str) -> str:
+        return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+    return "{" + ",".join(f'{name}="{escaped(value)}"' for name, value in labels.items()) + "}" if labels else ""
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else repr(float(value))
