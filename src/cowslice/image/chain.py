@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from cowslice.cache.slicemap import SliceCache, SliceMap
-from cowslice.errors import BadOption, MalformedImage, ReferenceRefused, UnsupportedImage
+from cowslice.errors import BadOption, MalformedImage, ReferenceRefused, StorageError, UnsupportedImage
 from cowslice.format.header import Autoclear
 from cowslice.image.compressed import CompressedClusters, DecompressedCache
 from cowslice.image.gate import Role, pass_gate, resolve, root_of, shown
@@ -173,7 +173,12 @@ def _open_named(walk: _Walk, file: OpenedFile, role: Role, name: bytes, kind: st
     """Open what an image names, if the gate permits it."""
     reference = resolve(role, os.fsdecode(name), kind, image=file.place.path, root=walk.root)
     pass_gate(walk.options.gate, reference)
-    return open_place(reference.target, walk.options, walk.stack)
+    try:
+        return open_place(reference.target, walk.options, walk.stack)
+    except (StorageError, BadOption) as failure:
+        # The message quotes a name that a stranger chose: no control character of it may reach a terminal.
+        failure.args = (f"the {role.value} that '{shown(file.place.storage.name)}' names: {shown(str(failure))}",)
+        raise
 
 
 def _assemble(walk: _Walk) -> tuple[tuple[Layer, ...], SliceCache, tuple[SliceMap, ...], DecompressedCache]:

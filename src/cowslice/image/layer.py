@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from cowslice.format.entries import Kind
 from cowslice.format.header import Header
@@ -79,7 +79,8 @@ class Layer(ABC):
 def narrowed(piece: Piece, data: Storage) -> Piece:
     """The beginning of a piece with host bytes that is all stored or all a hole in `data`."""
     span = next(iter(data.extents(piece.host, piece.length)))
-    return replace(piece, length=min(piece.length, span.length), hole=not span.data)
+    length = min(piece.length, span.length)
+    return Piece(piece.start, length, piece.kind, piece.host, piece.stored, hole=not span.data)
 
 
 def fill_zeros(buffer: memoryview) -> None:

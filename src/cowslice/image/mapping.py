@@ -37,8 +37,12 @@ class Extent:
 
     def continued_by(self, other: Extent) -> bool:
         """Whether `other` begins where this one ends, in guest and host, and is like it."""
-        expected = None if self.offset is None else self.offset + self.length
-        return other == replace(self, start=self.end, length=other.length, offset=expected)
+        if other.start != self.start + self.length or other.depth != self.depth or other.filename != self.filename:
+            return False
+        if (other.present, other.zero, other.data, other.compressed) != \
+                (self.present, self.zero, self.data, self.compressed):
+            return False
+        return other.offset == (None if self.offset is None else self.offset + self.length)
 
 
 def resolve(layers: Sequence[Layer], offset: int, length: int, *, holes: bool = False) -> tuple[int, Piece]:

@@ -18,6 +18,7 @@ from cowslice.format.geometry import Geometry
 from cowslice.format.header import CryptMethod
 from cowslice.image.compressed import CompressedClusters, Part
 from cowslice.image.fastpath import FastPath
+from cowslice.image.gate import shown
 from cowslice.image.layer import Layer, Piece, fill_zeros, narrowed
 from cowslice.image.preallocation import looks_preallocated
 from cowslice.storage.base import Storage
@@ -60,6 +61,8 @@ class Qcow2Layer(Layer):
         self.cipher = cipher
         self.compressed = compressed
         self._has_data = data is not None
+        self._bits = self.geometry.cluster_bits
+        self._mask = self.geometry.cluster_size - 1
         self._data_file = first.header.has_data_file
         self._version = first.header.version
         self._encrypted = first.header.crypt_method != CryptMethod.NONE
@@ -74,17 +77,16 @@ class Qcow2Layer(Layer):
         return looks_preallocated(self.storage, self.header) if self.header else False
 
     def piece_at(self, offset: int, length: int) -> Piece:
-        bits = self.geometry.cluster_bits
+        bits, within = self._bits, offset & self._mask
         cluster = offset >> bits
-        word, bitmap, run = self._lookup(cluster, (self.geometry.in_cluster(offset) + length - 1 >> bits) + 1)
+        word, bitmap, run = self._lookup(cluster, (within + length - 1 >> bits) + 1)
         entry = self._decode(word, bitmap, cluster)
-        within = self.geometry.in_cluster(offset)
         if entry.kind is Kind.MIXED:
             return self._mixed_piece(entry, offset, length)
         if entry.kind is Kind.COMPRESSED:
-            most = self.geometry.cluster_size - within
+            most = (1 << bits) - within
             return Piece(offset, min(length, most), entry.kind, entry.host_offset, entry.length)
-        most = (max(run, 1) << self.geometry.cluster_bits) - within
+        most = (max(run, 1) << bits) - within
         host = entry.host_offset + within if entry.host_offset >= 0 else -1
         return self._checked(Piece(offset, min(length, most), entry.kind, host))
 
@@ -131,7 +133,7 @@ class Qcow2Layer(Layer):
         try:
             return self.slices.lookup(cluster, want)
         except CorruptImage as fault:
-            raise CorruptImage(f"{fault} (guest cluster {cluster}, in '{self.name}')", structure=fault.structure,
+            raise CorruptImage(f"{fault} (guest cluster {cluster}, in '{shown(self.name)}')", structure=fault.structure,
                                offset=fault.offset) from None
 
     def _decode(self, word: int, bitmap: int, cluster: int) -> Entry:
@@ -160,17 +162,17 @@ class Qcow2Layer(Layer):
     def _corrupt(self, message: str, cluster: int) -> CorruptImage:
         at = self.entry_place(cluster)
         where = f" at host offset {at:#x}" if at >= 0 else ""
-        return CorruptImage(f"{message} (guest cluster {cluster}, entry{where}, in '{self.name}')",
+        return CorruptImage(f"{message} (guest cluster {cluster}, entry{where}, in '{shown(self.name)}')",
                             structure="L2 table", offset=at)
 
     def _fill_normal(self, piece: Piece, buffer: memoryview) -> None:
         if not self._has_data:
-            raise RequestError(f"'{self.name}' was opened without its data file, so its data cannot be read")
+            raise RequestError(f"'{shown(self.name)}' was opened without its data file, so its data cannot be read")
         if not self._encrypted:
             self.data.read_into(piece.host, buffer)
             return
         if self.cipher is None:
-            raise CryptoError(f"'{self.name}' is encrypted and was opened without its secret")
+            raise CryptoError(f"'{shown(self.name)}' is encrypted and was opened without its secret")
         self._fill_encrypted(piece, buffer, self.cipher)
 
     def _fill_encrypted(self, piece: Piece, buffer: memoryview, cipher: SectorCipher) -> None:

@@ -97,6 +97,14 @@ def test_a_backing_file_that_is_not_there_is_an_error_of_the_world(tmp_path: Pat
     assert failure.value.errno == 2
 
 
+def test_a_name_that_cannot_be_opened_is_shown_escaped(tmp_path: Path, make: Maker) -> None:
+    make("top.qcow2", [HOLE], backing=b"evil\x1b[2J\nname")
+    with pytest.raises(cowslice.StorageError, match="backing file that") as failure:
+        cowslice.open(tmp_path / "top.qcow2")
+    assert "\x1b" not in str(failure.value)
+    assert "\n" not in str(failure.value)
+
+
 def test_without_the_backing_file_what_it_holds_reads_as_zeros(tmp_path: Path, make: Maker) -> None:
     top = make("top.qcow2", [DATA, HOLE], backing="missing.qcow2")
     with cowslice.open(tmp_path / "top.qcow2", backing=None) as disk:
