@@ -60,6 +60,11 @@ def test_nothing_speaks_of_one_machine_or_of_unfinished_work(path: Path) -> None
     assert not found
 
 
+def test_every_folder_is_a_package() -> None:
+    folders = {module.path.parent for module in modules().values()}
+    assert not [shown(folder) for folder in folders if not (folder / "__init__.py").exists()]
+
+
 @pytest.mark.parametrize("module", [m for m in modules().values() if m.path.suffix == ".pyx"], ids=str)
 def test_a_compiled_module_has_its_types_beside_it(module: Module) -> None:
     assert module.path.with_suffix(".pyi").exists()
