@@ -1,7 +1,7 @@
 """What a server counts, and how it tells: counters of connections, their sum per export, Prometheus' text.
 
-It does not know sockets or protocols: whoever answers requests keeps a source with `counters()`, in Python or compiled, and
-attaches it to the meter of its export. What must hold: no total ever falls, also when a connection ends.
+It does not know sockets or protocols: whoever answers requests keeps a source with `counters()`, in Python or compiled,
+and attaches it to the meter of its export. What must hold: no total ever falls, also when a connection ends.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from cowslice.image.image import Image
 
 COMMANDS = ("read", "write", "flush", "trim", "cache", "zero", "status")
-LATENCY_BUCKETS = 24  # bucket i counts what took less than 1024 << i nanoseconds and no less than half; the last the rest
-HEAT_CELLS = 1024  # the most parts of a disk whose requests are told apart
+LATENCIES = 32  # buckets of latency: the n-th counts below 2**n microseconds, the last one everything else
+HEAT = 512  # equal parts of a disk whose reads and writes are counted apart
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Counts(TypedDict):
-    """What happened since the start. `requests` and `bytes` by command, `heat` reads and writes by place on the disk."""
+    """What happened since the start: `requests` and `bytes` by command, `heat` by place on the disk."""
 
     requests: dict[str, int]
     bytes: dict[str, int]
@@ -40,28 +40,23 @@ class Source(Protocol):
 
 def latency_bucket(nanoseconds: int) -> int:
     """The bucket of a latency."""
-    return min((nanoseconds >> 10).bit_length(), LATENCY_BUCKETS - 1)
+    return min((nanoseconds // 1000).bit_length(), LATENCIES - 1)
 
 
-def heat_shift(size: int) -> int:
-    """log2 of the bytes of a heat cell: the least with which a disk of `size` bytes has HEAT_CELLS cells at most."""
-    return max((size - 1) // HEAT_CELLS, 0).bit_length()
+def heat_cell(offset: int, size: int) -> int:
+    """The part of a disk of `size` bytes that `offset` lies in."""
+    return min(offset * HEAT // max(size, 1), HEAT - 1)
 
 
-def heat_cells(size: int) -> int:
-    """How many heat cells such a disk has, at least one."""
-    return max(-(-size >> heat_shift(size)), 1) if size else 1
-
-
-def no_counts(size: int) -> Counts:
-    """Nothing, for a disk of `size` bytes."""
+def no_counts() -> Counts:
+    """Nothing yet."""
     return {
         "requests": dict.fromkeys(COMMANDS, 0),
         "bytes": {"read": 0, "write": 0},
         "errors": 0,
-        "latency": [0] * LATENCY_BUCKETS,
+        "latency": [0] * LATENCIES,
         "latency_ns": 0,
-        "heat": [0] * heat_cells(size),
+        "heat": [0] * HEAT,
     }
 
 
@@ -84,8 +79,8 @@ class Counters:
     """Counts of requests answered in Python, for a disk of `size` bytes. Thread safe."""
 
     def __init__(self, size: int) -> None:
-        self._counts = no_counts(size)
-        self._shift = heat_shift(size)
+        self._counts = no_counts()
+        self._size = size
         self._lock = threading.Lock()
 
     def note(self, command: str, offset: int, length: int, nanoseconds: int, *, failed: bool = False) -> None:
@@ -99,22 +94,21 @@ class Counters:
                 counts["errors"] += 1
             elif command in counts["bytes"]:
                 counts["bytes"][command] += length
-                counts["heat"][min(offset >> self._shift, len(counts["heat"]) - 1)] += 1
+                counts["heat"][heat_cell(offset, self._size)] += 1
 
     def counters(self) -> Counts:
         """A copy of what was counted."""
+        copy = no_counts()
         with self._lock:
-            copy = no_counts(0)
-            copy["heat"] = [0] * len(self._counts["heat"])
             add_counts(copy, self._counts)
-            return copy
+        return copy
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
     """One export at one moment. `map` is what its metadata cache says of itself, {} for a raw disk.
 
-    `resident` says for as many parts of the disk as `counts["heat"]` has which share of their map is in memory, 0 to 255.
+    `resident` says for each of HEAT parts of the disk which share of its map is in memory, 0 to 255.
     """
 
     name: str
@@ -133,7 +127,7 @@ class ExportMeter:
         self.name = name
         self.size = size
         self._disk = disk
-        self._past = no_counts(size)
+        self._past = no_counts()
         self._sources: list[Source] = []
         self._connections_total = 0
         self._lock = threading.Lock()
@@ -153,23 +147,23 @@ class ExportMeter:
 
     def reading(self) -> Reading:
         """What was counted until now."""
-        counts = no_counts(self.size)
+        counts = no_counts()
         with self._lock:
             add_counts(counts, self._past)
             for source in self._sources:
                 add_counts(counts, source.counters())
             connections, connections_total = len(self._sources), self._connections_total
-        statistics, resident = self._cache(len(counts["heat"]))
+        statistics, resident = self._cache()
         return Reading(self.name, self.size, connections, connections_total, counts, statistics, resident)
 
-    def _cache(self, cells: int) -> tuple[Mapping[str, Any], bytes]:
+    def _cache(self) -> tuple[Mapping[str, Any], bytes]:
         """The cache's own counters and the residency of the top layer's map."""
         if self._disk is None or self._disk.closed:
             return {}, b""
         slices = getattr(self._disk.layers[0], "slices", None)
         if slices is None:
             return {}, b""
-        return self._disk.cache.statistics(), slices.residency(cells)
+        return self._disk.cache.statistics(), slices.residency(HEAT)
 
 
 class Metrics:
@@ -211,6 +205,7 @@ _MAP_GAUGES = {
 }
 
 Sample = tuple[str, dict[str, str], float]  # suffix of the name, labels, value
+Family = tuple[str, str, str, list[Sample]]  # name, type, help
 
 
 def exposition(metrics: Metrics) -> bytes:
@@ -222,10 +217,10 @@ def exposition(metrics: Metrics) -> bytes:
     return ("\n".join(lines) + "\n").encode(errors="replace")
 
 
-def _families(metrics: Metrics) -> Iterator[tuple[str, str, str, list[Sample]]]:
-    """(name, type, help, samples) of every metric that has samples."""
+def _families(metrics: Metrics) -> Iterator[Family]:
+    """Every metric that has samples."""
     readings = metrics.readings()
-    families = [
+    families: list[Family] = [
         ("cowslice_start_time_seconds", "gauge", "When the server started, in seconds since 1970.",
          [("", {}, metrics.started)]),
         ("cowslice_requests_total", "counter", "Requests answered.", _by_key(readings, "requests", "command")),
@@ -243,10 +238,10 @@ def _families(metrics: Metrics) -> Iterator[tuple[str, str, str, list[Sample]]]:
     ]  # fmt: skip
     for name, kind, text, samples in families:
         if samples:
-            yield name, kind, text, list(samples)
+            yield name, kind, text, samples
 
 
-def _map_families(readings: Iterable[Reading]) -> Iterator[tuple[str, str, str, list[Sample]]]:
+def _map_families(readings: Iterable[Reading]) -> Iterator[Family]:
     mapped = [reading for reading in readings if reading.map]
     for kind, group in (("counter", _MAP_COUNTERS), ("gauge", _MAP_GAUGES)):
         for key, (name, text) in group.items():
@@ -270,7 +265,7 @@ def _histogram(reading: Reading) -> Iterator[Sample]:
     seen, export = 0, {"export": reading.name}
     for n, count in enumerate(reading.counts["latency"]):
         seen += count
-        bound = "+Inf" if n == LATENCY_BUCKETS - 1 else repr((1024 << n) / 1e9)
+        bound = "+Inf" if n == LATENCIES - 1 else repr((1 << n) / 1e6)
         yield "_bucket", {**export, "le": bound}, seen
     yield "_sum", export, reading.counts["latency_ns"] / 1e9
     yield "_count", export, seen
