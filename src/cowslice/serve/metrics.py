@@ -63,8 +63,8 @@ def no_counts() -> Counts:
 def add_counts(total: Counts, more: Counts) -> None:
     """Add `more` to `total`. Commands, buckets and cells that `more` leaves out count as zero."""
     for name in ("requests", "bytes"):
-        mine: dict[str, int] = total[name]  # type: ignore[literal-required]
-        for key, value in more[name].items():  # type: ignore[literal-required]
+        mine: dict[str, int] = total[name]
+        for key, value in more[name].items():
             mine[key] = mine.get(key, 0) + value
     total["errors"] += more["errors"]
     total["latency_ns"] += more["latency_ns"]
