@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def latency_bucket(nanoseconds: int) -> int:
 
 def heat_cell(offset: int, size: int) -> int:
     """The part of a disk of `size` bytes that `offset` lies in."""
-    return min(offset * HEAT // max(size, 1), HEAT - 1)
+    return min(offset // max(-(-size // HEAT), 1), HEAT - 1)
 
 
 def no_counts() -> Counts:
@@ -104,6 +105,29 @@ class Counters:
         return copy
 
 
+class _Loop(Protocol):
+    """A compiled loop, as far as it concerns us: it answers reads only."""
+
+    def counters(self) -> Mapping[str, Any]: ...
+
+
+class LoopCounters:
+    """The counters of a compiled loop in the words of the others."""
+
+    def __init__(self, loop: _Loop) -> None:
+        self._loop = loop
+
+    def counters(self) -> Counts:
+        """What the loop counted, of what it answered itself."""
+        told, counts = self._loop.counters(), no_counts()
+        counts["requests"]["read"] = told["reads"]
+        counts["bytes"]["read"] = told["bytes"]
+        counts["latency"] = told["latencies"]
+        counts["latency_ns"] = round(told["latency_seconds"] * 1e9)
+        counts["heat"] = told["heat"]
+        return counts
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """One export at one moment. `map` is what its metadata cache says of itself, {} for a raw disk.
@@ -128,31 +152,32 @@ class ExportMeter:
         self.size = size
         self._disk = disk
         self._past = no_counts()
-        self._sources: list[Source] = []
+        self._connections: list[tuple[Source, ...]] = []
         self._connections_total = 0
         self._lock = threading.Lock()
 
-    def attach(self, source: Source) -> None:
-        """A connection begins."""
+    def attach(self, *sources: Source) -> None:
+        """A connection begins. Each of its sources counts what the others do not."""
         with self._lock:
-            self._sources.append(source)
+            self._connections.append(sources)
             self._connections_total += 1
 
-    def detach(self, source: Source) -> None:
+    def detach(self, *sources: Source) -> None:
         """A connection has ended: keep what it counted. One that is not attached is ignored."""
         with self._lock:
-            if source in self._sources:
-                self._sources.remove(source)
-                add_counts(self._past, source.counters())
+            if sources in self._connections:
+                self._connections.remove(sources)
+                for source in sources:
+                    add_counts(self._past, source.counters())
 
     def reading(self) -> Reading:
         """What was counted until now."""
         counts = no_counts()
         with self._lock:
             add_counts(counts, self._past)
-            for source in self._sources:
+            for source in chain.from_iterable(self._connections):
                 add_counts(counts, source.counters())
-            connections, connections_total = len(self._sources), self._connections_total
+            connections, connections_total = len(self._connections), self._connections_total
         statistics, resident = self._cache()
         return Reading(self.name, self.size, connections, connections_total, counts, statistics, resident)
 

@@ -66,7 +66,8 @@ def test_a_latency_is_below_the_bound_of_its_bucket_and_not_below_the_one_before
 def test_every_place_of_every_disk_has_a_cell(size: int, data: st.DataObject) -> None:
     offset = data.draw(st.integers(0, size - 1))
     cell = m.heat_cell(offset, size)
-    assert cell * size // m.HEAT <= offset <= (cell + 1) * size // m.HEAT
+    part = -(-size // m.HEAT)
+    assert cell * part <= offset < (cell + 1) * part
 
 
 def test_the_totals_keep_what_a_connection_counted_before_it_ended() -> None:
@@ -81,6 +82,30 @@ def test_the_totals_keep_what_a_connection_counted_before_it_ended() -> None:
     reading = meter.reading()
     assert (reading.connections, reading.connections_total) == (1, 2)
     assert (reading.counts["requests"]["read"], reading.counts["heat"][0]) == (3, 3)
+
+
+class Loop:
+    """What a compiled loop says of itself."""
+
+    def counters(self) -> dict[str, object]:
+        latencies, heat = [0] * m.LATENCIES, [0] * m.HEAT
+        latencies[3], heat[5] = 7, 7
+        return {"reads": 7, "bytes": 7 * 4096, "latency_seconds": 5e-5, "latencies": latencies, "heat": heat, "sends": 1}
+
+
+def test_a_connection_may_count_in_two_places() -> None:
+    meter = m.Metrics().add_export("", GIB)
+    sources = (m.LoopCounters(Loop()), m.Counters(GIB))
+    meter.attach(*sources)
+    sources[1].note("read", 0, 1, 1000)
+    before = meter.reading()
+    meter.detach(*sources)
+    after = meter.reading()
+    assert (before.connections, after.connections, after.connections_total) == (1, 0, 1)
+    assert before.counts == after.counts
+    assert after.counts["requests"]["read"] == 8
+    assert after.counts["bytes"]["read"] == 7 * 4096 + 1
+    assert (after.counts["latency"][3], after.counts["heat"][5], after.counts["latency_ns"]) == (7, 7, 51_000)
 
 
 def test_nothing_is_lost_when_many_threads_count() -> None:
