@@ -5,6 +5,7 @@ It does not know terminals. A longer disk is the same as a shorter one when the 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from cowslice.image.image import Image
 from cowslice.image.mapping import Extent
 from cowslice.ops.bytescan import data_runs, first_difference
 from cowslice.ops.pump import Pump
+from cowslice.storage.base import Storage
 from cowslice.units import SECTOR, MiB
 
 CHUNK = 1 * MiB  # two buffers of it for each worker
@@ -80,6 +82,7 @@ class _Run:
         self._progress = progress
         self._lock = threading.Lock()
         self._total = max(one.size, other.size)
+        self._files = [[_identity(layer.data) for layer in image.layers] for image in (one, other)]
 
     def work(self) -> Iterator[_Work]:
         """Walk both maps and yield what must be read, in order; ends behind a difference."""
@@ -101,7 +104,7 @@ class _Run:
 
     def _to_read(self, start: int, left: Extent, right: Extent) -> Iterator[_Work]:
         length = min(left.end, right.end) - start
-        if (left.zero and right.zero) or _same_bytes(left, right, start):
+        if (left.zero and right.zero) or self._same_bytes(left, right):
             return
         if left.zero:
             yield from _cut(self.other, None, start, length)
@@ -109,6 +112,14 @@ class _Run:
             yield from _cut(self.one, None, start, length)
         else:
             yield from _cut(self.one, self.other, start, length)
+
+    def _same_bytes(self, left: Extent, right: Extent) -> bool:
+        """Whether both are the same bytes of the same file, as with two overlays of one backing file."""
+        if left.offset is None or right.offset is None:
+            return False
+        file = self._files[0][left.depth]
+        same = file is not None and file == self._files[1][right.depth]
+        return same and left.offset - left.start == right.offset - right.start
 
     def found(self, what: str, offset: int) -> None:
         """Keep the lowest difference. Work before it goes on: it began earlier."""
@@ -179,11 +190,13 @@ def _cut(first: Image, second: Image | None, start: int, length: int) -> Iterato
         start += step
 
 
-def _same_bytes(left: Extent, right: Extent, start: int) -> bool:
-    """Whether both are the same bytes of the same file, as with two overlays of one backing file."""
-    if left.offset is None or right.offset is None or left.filename != right.filename:
-        return False
-    return left.offset + start - left.start == right.offset + start - right.start
+def _identity(storage: Storage) -> tuple[int, int] | None:
+    """What tells an open local file from every other; None for what is no local file."""
+    descriptor = storage.fileno()
+    if descriptor < 0:
+        return None
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
 
 
 def _state(extent: Extent) -> tuple[bool, ...]:

@@ -1,0 +1,172 @@
+"""The compiled count of references equals the plain one, entry for entry."""
+
+from __future__ import annotations
+
+import struct
+from array import array
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cowslice.format.geometry import Geometry
+from cowslice.format.refcounts import pack_refblock, unpack_refblock
+from cowslice.ops.l2rules import EntryRules, judge_entry
+from cowslice.ops.refcheck import SATURATED, UNREADABLE, Owners, Tally, claims
+from cowslice.testing.tally import Counted, count_entries, count_span
+
+CLUSTERS = 12  # host clusters of the file in these tests
+BITS = 14
+
+
+@st.composite
+def words(draw: st.DrawFn) -> int:
+    """L2 entries, mostly right: aligned or compressed places near the file, flags, now and then stray bits."""
+    kind = draw(st.sampled_from(["none", "normal", "normal", "compressed", "noise"]))
+    if kind == "none":
+        return draw(st.sampled_from([0, 1, 1 << 63]))
+    if kind == "noise":
+        return draw(st.integers(0, (1 << 64) - 1))
+    copied = draw(st.booleans()) << 63
+    if kind == "normal":
+        return copied | draw(st.integers(0, CLUSTERS + 1)) << BITS | draw(st.sampled_from([0, 0, 0, 1, 512]))
+    sectors = draw(st.integers(0, (1 << (BITS - 8)) - 1))
+    stray = draw(st.sampled_from([0, 0, 0, 1])) << 63
+    return stray | 1 << 62 | sectors << (70 - BITS) | draw(st.integers(0, (CLUSTERS << BITS) + 100))
+
+
+bitmaps = st.sampled_from([0, 0, 0xFFFFFFFF, 0xFFFFFFFF00000000, 0xFFFF0000FFFF, 0x1_0000_0001, 3])
+
+
+@given(
+    entries=st.lists(st.tuples(words(), bitmaps), max_size=40), extended=st.booleans(), data_file=st.booleans(),
+    active=st.booleans(), shared=st.booleans(), limit=st.sampled_from([1, 3, 65535]),
+    stored=st.lists(st.sampled_from([0, 1, 1, 2]), min_size=CLUSTERS, max_size=CLUSTERS),
+    shortfall=st.sampled_from([0, 1, 511, (1 << BITS) - 1]),
+)  # fmt: skip
+def test_a_scanned_table_and_its_judged_rest_count_as_the_model_counts(
+    entries: list[tuple[int, int]], extended: bool, data_file: bool, active: bool, shared: bool, limit: int,
+    stored: list[int], shortfall: int,
+) -> None:
+    entries = entries if extended else [(word, 0) for word, _ in entries]
+    length = (CLUSTERS << BITS) - shortfall
+    rules = EntryRules(Geometry(BITS, extended), data_file, active, length)
+    expected = count_entries(entries, rules, dict(enumerate(stored)), limit)
+    tally = Tally(0, CLUSTERS + 1, limit)
+    tally.load(0, pack_refblock(array("H", stored), 4), 4)
+    odd, overflowed, allocated, compressed, fragmented = tally.scan(
+        _table(entries, extended), cluster_bits=BITS, extended=extended, data_file=data_file, file_length=length,
+        active=active, shared=shared)
+    overflows = len(overflowed)
+    for index in odd:
+        verdict = judge_entry(*entries[index], rules, lambda cluster: dict(enumerate(stored)).get(cluster, 0))
+        if verdict.span:
+            first, last = verdict.span[0] >> BITS, (sum(verdict.span) - 1) >> BITS
+            overflows += len(tally.add(first, last - first + 1))
+    assert set(expected.faulty) <= set(odd)
+    assert [tally.get(k)[1] for k in range(CLUSTERS + 1)] == [expected.references[k] for k in range(CLUSTERS + 1)]
+    assert overflows == expected.overflows
+    assert (allocated, compressed) == (expected.allocated, expected.compressed)
+    assert fragmented == expected.fragmented
+
+
+@given(entries=st.lists(words(), max_size=40), window=st.integers(1, CLUSTERS + 1))
+def test_windows_count_together_what_one_window_counts(entries: list[int], window: int) -> None:
+    whole = _scanned(entries, 0, CLUSTERS + 1)
+    parts = [part for first in range(0, CLUSTERS + 1, window)
+             for part in _scanned(entries, first, min(window, CLUSTERS + 1 - first))]
+    assert parts == whole
+
+
+@given(order=st.integers(0, 6), data=st.data())
+def test_stored_refcounts_of_any_width_are_taken_as_they_are(order: int, data: st.DataObject) -> None:
+    block = data.draw(st.binary(min_size=32, max_size=32))
+    counts = unpack_refblock(block, order)
+    tally = Tally(0, len(counts), 1)
+    tally.load(0, block, order)
+    shown = [count if count < UNREADABLE else SATURATED for count in counts]
+    assert [tally.get(k)[0] for k in range(len(counts))] == shown
+
+
+def test_a_run_of_clusters_that_differ_alike_is_one_mismatch() -> None:
+    tally = Tally(0, 8, 65535)
+    tally.load(0, pack_refblock(array("H", [0, 1, 1, 2, 0, 0, 0, 0]), 4), 4)
+    tally.add(3)
+    assert tally.mismatch(0) == (1, 2, 1, 0)
+    assert tally.mismatch(3) == (3, 1, 2, 1)
+    assert tally.mismatch(4) is None
+    assert tally.highest() == 3
+
+
+def test_an_unreadable_refcount_is_no_mismatch() -> None:
+    tally = Tally(0, 4, 65535)
+    tally.add(0, 4)
+    assert tally.unreadable(1, 10) == 3
+    assert tally.mismatch(0) == (0, 1, 0, 1)
+    assert tally.mismatch(1) is None
+
+
+def test_a_cluster_outside_the_window_cannot_be_asked_for() -> None:
+    with pytest.raises(IndexError):
+        Tally(4, 2, 1).get(3)
+
+
+@given(entries=st.lists(words(), max_size=40), wanted=st.sets(st.integers(0, CLUSTERS + 1)))
+def test_claims_are_the_entries_whose_span_meets_a_wanted_cluster(entries: list[int], wanted: set[int]) -> None:
+    rules = EntryRules(Geometry(BITS), False, False, 1 << 62)
+    expected = []
+    for index, word in enumerate(entries):
+        counted = Counted()
+        count_span(counted, judge_entry(word & ~(1 << 63), 0, rules, lambda cluster: None), rules, 9)
+        if word >> 62 & 1 or word & 0x00FFFFFFFFFFFE00:
+            expected += [(index, cluster) for cluster in sorted(counted.references) if cluster in wanted]
+    found = claims(_table([(word, 0) for word in entries], False), array("Q", sorted(wanted)), cluster_bits=BITS,
+                   extended=False)
+    assert found == expected
+
+
+@given(entries=st.lists(words(), max_size=20))
+def test_owners_accept_a_table_only_if_the_full_count_finds_one_owner_each(entries: list[int]) -> None:
+    owners = Owners(CLUSTERS)
+    found = owners.scan(_table([(word, 0) for word in entries], False), cluster_bits=BITS)
+    rules = EntryRules(Geometry(BITS), False, True, CLUSTERS << BITS)
+    expected = count_entries([(word, 0) for word in entries], rules, dict.fromkeys(range(CLUSTERS), 1), 65535)
+    if found is None:
+        return
+    assert not expected.faulty
+    assert not expected.compressed
+    assert set(expected.references.values()) <= {1}
+    assert found == (expected.allocated, expected.fragmented)
+    block = pack_refblock(array("H", [expected.references[k] for k in range(CLUSTERS)]), 4)
+    assert owners.agree(0, CLUSTERS, block, 4)
+    assert owners.highest() == max(expected.references, default=-1)
+
+
+@given(order=st.integers(0, 6), owned=st.sets(st.integers(0, 15)), wrong=st.integers(0, 15))
+def test_owners_notice_any_count_that_is_not_theirs(order: int, owned: set[int], wrong: int) -> None:
+    owners = Owners(16)
+    assert all(owners.own(cluster) for cluster in owned)
+    counts = unpack_refblock(bytes(16 << order >> 3 or 2), order)[:16]
+    for cluster in owned:
+        counts[cluster] = 1
+    assert owners.agree(0, 16, pack_refblock(counts, order), order)
+    counts[wrong] ^= 1
+    assert not owners.agree(0, 16, pack_refblock(counts, order), order)
+
+
+def test_a_cluster_has_one_owner_at_most() -> None:
+    owners = Owners(4)
+    assert owners.own(1, 2)
+    assert not owners.own(2)
+    assert not owners.own(4)
+
+
+def _scanned(entries: list[int], first: int, clusters: int) -> list[int]:
+    tally = Tally(first, clusters, 65535)
+    tally.scan(_table([(word, 0) for word in entries], False), cluster_bits=BITS, extended=False, data_file=False,
+               file_length=CLUSTERS << BITS, active=False, shared=False)
+    return [tally.get(first + k)[1] for k in range(clusters)]
+
+
+def _table(entries: list[tuple[int, int]], extended: bool) -> bytes:
+    return b"".join(struct.pack(">QQ" if extended else ">Q", *entry[: 2 if extended else 1]) for entry in entries)
