@@ -12,12 +12,12 @@ import pytest
 
 from cowslice.ops.layout import write_populated_image
 from cowslice.testing import ordeal, peers, recipes
-from cowslice.testing.fixtures import Fixture
+from cowslice.testing.fixtures import ORDINARY
 from cowslice.testing.limited import put_through
 from cowslice.testing.mutations import all_mutations, bit_flips, table_attacks
 from cowslice.units import KiB
 
-PLAIN = Fixture("quick", 4096, 3, 16, *["none", "standard", *["none"] * 5, "whole", "clean", "off", "data"])  # type: ignore[arg-type]
+PLAIN = replace(ORDINARY, cluster_size=4096)
 BASES = {
     "plain": PLAIN,
     "old": replace(PLAIN, version=2, compression="zlib", snapshots="several"),
@@ -33,7 +33,7 @@ BASES = {
 }
 SLOW_TO_OPEN = 10  # of the images that derive a key at each open, one mutation in so many of the others'
 QUICK = {"flips": 30, "attacks": 40}
-LONG = {"flips": 2000, "attacks": 2000}
+LONG = {"flips": 600, "attacks": 600}
 
 
 def _put_base_through(base: str, directory: Path, *, seed: int, amount: dict[str, int], step: int = 1) -> None:

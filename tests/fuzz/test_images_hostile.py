@@ -20,7 +20,7 @@ from cowslice.format.first_cluster import decode_first_cluster
 from cowslice.format.header import FIELD_OFFSETS, CompressionType, Incompatible
 from cowslice.ops.layout import populated_content, write_populated_image
 from cowslice.testing import peers, recipes
-from cowslice.testing.fixtures import Fixture
+from cowslice.testing.fixtures import ORDINARY
 from cowslice.testing.limited import put_through
 from cowslice.testing.mutations import Mutation
 from cowslice.units import GiB, KiB, MiB
@@ -29,7 +29,6 @@ CLUSTER_BITS = 16
 CLUSTER = 1 << CLUSTER_BITS
 SIZE = 4 * CLUSTER
 LONGEST = 128 * KiB  # what an entry can say about a stream with these clusters
-LUKS = Fixture("quick", 65536, 3, 16, *["none", "standard", *["none"] * 4, "luks", "whole", "clean", "off", "data"])  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -159,7 +158,7 @@ LUKS_FIELDS = {
 
 @peers.needs("qemu-img", "qemu-io")
 def test_a_hostile_key_header_is_refused_before_it_costs_much(tmp_path: Path) -> None:
-    made = recipes.make(LUKS, tmp_path)
+    made = recipes.make(replace(ORDINARY, encryption="luks"), tmp_path)
     pointer = decode_first_cluster(made.path.read_bytes()).crypto
     assert pointer is not None
     mutations = [
@@ -219,7 +218,7 @@ def test_an_image_that_is_no_file_does_not_hang_or_crash(tmp_path: Path, kind: s
 
 @peers.needs("qemu-img", "qemu-io")
 def test_a_bitmap_directory_with_one_bad_record_does_not_hide_the_image(tmp_path: Path) -> None:
-    made = recipes.make(replace(LUKS, encryption="none", bitmaps="several"), tmp_path)
+    made = recipes.make(replace(ORDINARY, bitmaps="several"), tmp_path)
     pointer = decode_first_cluster(made.path.read_bytes()).bitmaps
     assert pointer is not None
     with made.path.open("r+b") as file:

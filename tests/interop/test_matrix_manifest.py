@@ -8,6 +8,7 @@ import pytest
 
 from cowslice.testing import peers, recipes
 from cowslice.testing.fixtures import (
+    ORDINARY,
     RULES,
     Fixture,
     Rule,
@@ -22,7 +23,6 @@ from cowslice.testing.fixtures import (
 )
 
 ROWS = load_manifest(Path(__file__).with_name("matrix.tsv"))
-ORDINARY = Fixture("quick", 65536, 3, 16, *["none", "standard", *["none"] * 5, "whole", "clean", "off", "data"])  # type: ignore[arg-type]
 
 
 def _covered(rows: list[Fixture]) -> set[object]:

@@ -65,6 +65,24 @@ AXES: Mapping[str, tuple[str | int, ...]] = {
 }
 _NAMED = tuple(axis for axis in AXES if axis not in ("cluster_size", "version", "refcount_bits"))
 
+ORDINARY = Fixture(
+    tier="quick",
+    cluster_size=64 * KiB,
+    version=3,
+    refcount_bits=16,
+    compression="none",
+    l2="standard",
+    backing="none",
+    data_file="none",
+    snapshots="none",
+    bitmaps="none",
+    encryption="none",
+    ending="whole",
+    state="clean",
+    preallocation="off",
+    content="data",
+)
+
 Cell = frozenset[tuple[str, str | int]]
 
 
