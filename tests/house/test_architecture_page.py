@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
-from tests.house.source_tree import PACKAGE, ROOT, modules
+import pytest
+
+from tests.house.source_tree import PACKAGE, ROOT, modules, shown
 from tests.house.test_floors import FLOORS
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
@@ -53,3 +56,10 @@ def test_the_floors_are_drawn_as_they_are_held() -> None:
     rooms_here = {module.room for module in modules().values()}
     held = {room: floor for room, floor in FLOORS.items() if room in rooms_here - {"", "testing"}}
     assert drawn == held
+
+
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=shown)
+def test_a_page_names_only_files_that_are_there(page: Path) -> None:
+    named = re.findall(r"`((?:[\w-]+/)+[\w.-]+\.\w+)`", page.read_text())
+    bases = (ROOT, ROOT / "src", PACKAGE, page.parent)
+    assert not [name for name in named if not any((base / name).exists() for base in bases)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import cowslice
 from cowslice.ops.layout import write_populated_image
 from tests.house.source_tree import ROOT
 
@@ -33,7 +35,9 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("command", VERBS)
 def test_a_command_of_the_quick_start_succeeds(command: str, folder: Path) -> None:
     words = shlex.split(command)[1:]
-    done = subprocess.run([sys.executable, "-m", "cowslice.cli.main", *words], cwd=folder, capture_output=True)
+    here = {**os.environ, "PYTHONPATH": str(Path(cowslice.__file__).parents[1])}  # a relative one means another folder
+    command_line = [sys.executable, "-m", "cowslice.cli.main", *words]
+    done = subprocess.run(command_line, cwd=folder, env=here, capture_output=True)
     assert (done.returncode, done.stderr.decode()) == (0, done.stderr.decode())
     assert done.stdout or words[0] == "convert"
 
