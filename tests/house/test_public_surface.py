@@ -18,6 +18,12 @@ SURFACE = {
         ProtocolError ReadOnly Reference ReferenceRefused RemoteProtocolError RequestError Role ShortRead StorageError
         UnsupportedImage open
     """,
+    "cowslice.nbd": """
+        Aborted Accepted BadRequest BlockSizes ClientHandshake ClientTransmission Completed Context ContextsListed Data
+        Described Disconnect Export ExportsListed Greeted Hole ListedExport NEED_DATA Need Negotiated Opening
+        OptionAnswered Ready Refused Replies Request ServerHandshake ServerTransmission Session StartTls TlsPolicy
+        TlsWish Wish export_flags
+    """,
     "cowslice.storage": """
         Counts CountingStorage FileStorage FsspecStorage LimitedStorage MemoryStorage Span Storage WindowStorage
         WrappedStorage aligned_buffer local_path locate

@@ -5,6 +5,7 @@ Plain frozen records: it knows no bytes. Offsets and lengths are bytes of the ex
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -203,3 +204,83 @@ class BadRequest:
 @dataclass(frozen=True, slots=True)
 class Disconnect:
     """The client is done: answer what is still under way, then close. There is no reply to this."""
+
+
+# What the client's half tells
+
+
+@dataclass(frozen=True, slots=True)
+class Greeted:
+    """The server said its first word. `fixed` False leaves EXPORT_NAME as the only option."""
+
+    fixed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The server accepted an option that tells nothing."""
+
+    option: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The server refused an option. `answer` is a `wire.Answer`, or another number with bit 31; `reason` may be ''."""
+
+    option: int
+    answer: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ListedExport:
+    """One export of a server's list."""
+
+    name: str
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExportsListed:
+    """The answer to LIST."""
+
+    exports: tuple[ListedExport, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ContextsListed:
+    """The answer to LIST_META_CONTEXT (ids mean nothing) or SET_META_CONTEXT (these are selected)."""
+
+    option: int
+    contexts: tuple[Context, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """The answer to INFO: what a session with this export would be."""
+
+    session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Transmission begins. What came after the negotiation is in `take_leftover`."""
+
+    session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """A request is answered in full. A READ without `error` has filled its buffer.
+
+    `error_offset` is where it went wrong, where the server says so. `extents` of a BLOCK_STATUS are (length in bytes,
+    status) by context id, each list from the request's offset on and not beyond the export; they may cover more or
+    less than was asked for.
+    """
+
+    cookie: int
+    command: int
+    error: NbdError | None = None
+    reason: str = ""
+    error_offset: int | None = None
+    extents: Mapping[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
