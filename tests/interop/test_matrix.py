@@ -15,7 +15,8 @@ import pytest
 import cowslice
 from cowslice.ops.check import check
 from cowslice.storage import FileStorage
-from cowslice.testing import peers, recipes
+from cowslice.testing import commandline, peers, recipes
+from cowslice.testing.commandline import Said
 from cowslice.testing.fixtures import Fixture, load_manifest, sample
 
 pytestmark = peers.needs("qemu-img", "qemu-io")
@@ -101,6 +102,31 @@ def test_check_counts_what_qemu_img_check_counts(judged: Judged) -> None:
         report = check(storage)
     ours = {name: getattr(report, name.replace("-", "_")) for name in COUNTS}
     assert ours == {name: checked.get(name, 0) for name in COUNTS}, report.findings
+
+
+def test_cowslice_info_prints_what_qemu_img_info_prints(judged: Judged) -> None:
+    told = _said("info", "--output=json", judged.made.path).json
+    ours = {name: value for name, value in told.items() if name != "cowslice"}
+    assert ours == peers.qemu_img_json("info", judged.made.path)
+
+
+def test_cowslice_map_prints_what_qemu_img_map_prints(judged: Judged) -> None:
+    told = _said("map", "--output=json", *judged.made.qemu_source).json
+    theirs = peers.qemu_img_json("map", *judged.made.qemu_source)
+    assert list(_merged([_as_seven(extent) for extent in told])) == [_as_seven(extent) for extent in theirs]
+
+
+def test_cowslice_convert_writes_what_qemu_img_convert_writes(judged: Judged) -> None:
+    target = judged.made.path.with_name("ours")
+    _said("convert", *judged.made.qemu_source, "-O", "raw", target)
+    _same(target.read_bytes(), judged.content)
+    target.unlink()
+
+
+def _said(*arguments: str | Path) -> Said:
+    said = commandline.cowslice(*arguments)
+    assert said.status == 0, said.err
+    return said
 
 
 def _same(ours: bytes, theirs: bytes, start: int = 0) -> None:
