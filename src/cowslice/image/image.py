@@ -112,6 +112,11 @@ class Image:
         return tuple(self._warnings)
 
     @property
+    def fast_path(self) -> FastPath | None:
+        """The compiled path over the same layers, for compiled callers; None when opened for metadata only."""
+        return self._fast
+
+    @property
     def closed(self) -> bool:
         return self._lease.ended
 

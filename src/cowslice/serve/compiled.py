@@ -1,0 +1,104 @@
+"""Serve the requests of one connection through the compiled loop, with Python for what that hands over.
+
+It decides nothing of its own: what is handed over goes through the same rules and the same handler as in
+`transmission`, so both say the same. The socket must be plain and the disk must have a compiled path.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+from cowslice.errors import RemoteProtocolError
+from cowslice.image.fastpath import FastPath
+from cowslice.nbd.events import BadRequest, Request, Session
+from cowslice.nbd.server_side import ServerTransmission
+from cowslice.nbd.wire import (
+    COMPACT_REQUEST,
+    EXTENDED_REQUEST,
+    EXTENDED_REQUEST_MAGIC,
+    REQUEST_MAGIC,
+    Command,
+    Mode,
+)
+from cowslice.serve.answers import Answers
+from cowslice.serve.metrics import Counters, Counts, LoopCounters, add_counts
+from cowslice.serve.nbd_loop import Loop
+from cowslice.serve.stream import Stream
+from cowslice.serve.transmission import Limits, count_answer
+from cowslice.serve.workers import Workers
+
+GARBAGE, IDLE, FAULT = "garbage", "idle", "fault"  # of nbd_loop.ENDS, those that are worth a word
+
+
+class CompiledTransmission:
+    """One connection after its negotiation, as `transmission.Transmission`. `counters` count what Python answers."""
+
+    def __init__(self, stream: Stream, session: Session, answers: Answers, fast: FastPath, *, limits: Limits,
+                 counters: Counters, name: str) -> None:
+        self._session = session
+        self._answers = answers
+        self._own = counters
+        self._failed = 0  # of the reads that the loop counts
+        self._workers = Workers(limits.workers, name)
+        self._loop = Loop(
+            stream.fileno(), fast, mode=session.mode, size=session.size, max_request=session.block_sizes.maximum,
+            most_requests=limits.most_requests, most_bytes=limits.most_bytes, idle=limits.idle_timeout,
+            handover=self._take)
+
+    def run(self, leftover: bytes) -> None:
+        """Serve until the client leaves, is idle for too long or breaks the protocol; `leftover` came already.
+
+        Raises RemoteProtocolError or TimeoutError; also then what came before was answered where it can be.
+        """
+        try:
+            end = self._loop.run(leftover)
+        finally:
+            self._workers.end()
+        if end == GARBAGE:
+            raise RemoteProtocolError("the client broke the NBD protocol: what it sent is no request")
+        if end == IDLE:
+            raise TimeoutError
+        if end == FAULT and self._loop.fault is not None:
+            raise self._loop.fault
+
+    def counters(self) -> Counts:
+        """What the loop and Python counted together."""
+        total = LoopCounters(self._loop).counters()
+        add_counts(total, self._own.counters())
+        total["errors"] += self._failed
+        return total
+
+    def _take(self, command: int, flags: int, cookie: int, offset: int, length: int, payload: bytes) -> None:
+        """Judge a request and leave it to a worker: the loop must go on."""
+        request = judged(self._session, command, flags, cookie, offset, length, payload)
+        self._workers.submit(partial(self._serve, request, length, time.perf_counter_ns()))
+
+    def _serve(self, request: Request | BadRequest, length: int, arrived: int) -> None:
+        try:
+            parts, failed = self._answers.answer(request)
+            if not self._loop.reply(*parts):
+                return
+            if not self._is_counted(request):
+                count_answer(self._own, request, time.perf_counter_ns() - arrived, failed=failed)
+            elif failed:
+                self._failed += 1
+        finally:
+            self._loop.finish(length)
+
+    @staticmethod
+    def _is_counted(request: Request | BadRequest) -> bool:
+        """Whether the loop has counted it: it counts every sound read, whoever answers it."""
+        return isinstance(request, Request) and request.command == Command.READ and request.length > 0
+
+
+def judged(
+    session: Session, command: int, flags: int, cookie: int, offset: int, length: int, payload: bytes
+) -> Request | BadRequest:
+    """What the protocol's own half says about a request: the loop takes it apart, that half judges it."""
+    extended = session.mode is Mode.EXTENDED
+    layout, magic = (EXTENDED_REQUEST, EXTENDED_REQUEST_MAGIC) if extended else (COMPACT_REQUEST, REQUEST_MAGIC)
+    protocol = ServerTransmission(session, layout.pack(magic, flags, command, cookie, offset, length) + payload)
+    event = protocol.next_event()
+    assert isinstance(event, (Request, BadRequest))
+    return event

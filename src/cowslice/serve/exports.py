@@ -1,0 +1,140 @@
+"""What a client can ask for by name: an open image, its description, and what can be said about its parts.
+
+It knows no socket and encodes nothing. Bitmaps are read where they are asked, never as a whole: one may be larger than
+memory; a description of parts is bounded in extents and in the pieces looked at, and always makes progress.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cowslice.errors import BadOption, LocalProtocolError
+from cowslice.format.bitmaps import Bitmap
+from cowslice.format.findings import escaped
+from cowslice.image.bitmaps import dirty_extents, load_bitmaps
+from cowslice.image.qcow2 import Qcow2Layer
+from cowslice.nbd.events import BlockSizes, export_flags
+from cowslice.nbd.events import Export as Offer
+from cowslice.nbd.wire import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, STATE_DIRTY, STATE_HOLE, STATE_ZERO
+
+if TYPE_CHECKING:
+    from cowslice.image.fastpath import FastPath
+    from cowslice.image.image import Image
+
+MOST_LOOKED_AT = 1 << 15  # extents of an image behind one reply: some tenths of a second of one thread, then it ends
+
+State = tuple[int, int]  # length in bytes, flags
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedBitmap:
+    """A dirty bitmap of the layer that holds it; a layer may be shorter than the disk."""
+
+    layer: Qcow2Layer
+    bitmap: Bitmap
+
+    def states(self, offset: int, length: int) -> Iterator[State]:
+        """Yield what the span is made of, dirty and clean, in order."""
+        at, end = offset, offset + length
+        found = dirty_extents(self.layer.storage, self.layer.first, self.bitmap, offset=offset, length=length)
+        for start, dirty in found:
+            if start > at:
+                yield start - at, 0
+            yield dirty, STATE_DIRTY
+            at = start + dirty
+        if at < end:
+            yield end - at, 0
+
+
+class Export:
+    """One image under one name; the empty name is the default export.
+
+    `allocation_depth` also offers that context, `bitmaps` those dirty bitmaps, found in the chain from the top down.
+    `max_request` bounds the payload of a request in bytes. The image stays the caller's, and must stay open meanwhile.
+    Raises BadOption for a bitmap that is not there, damaged or in use, and for text that the protocol cannot carry.
+    """
+
+    def __init__(
+        self, disk: Image, name: str = "", *, description: str = "", allocation_depth: bool = False,
+        bitmaps: Sequence[str] = (), multi_conn: bool = True, max_request: int = BlockSizes().maximum,
+    ) -> None:
+        self.disk = disk
+        self.name = name
+        self._bitmaps = {DIRTY_BITMAP + wanted: find_bitmap(disk, wanted) for wanted in bitmaps}
+        depth = (ALLOCATION_DEPTH,) if allocation_depth else ()
+        try:
+            self.offer = Offer(
+                name, disk.size, flags=export_flags(writable=False, multi_conn=multi_conn), description=description,
+                block_sizes=BlockSizes(maximum=max_request), contexts=(BASE_ALLOCATION, *depth, *self._bitmaps))
+        except LocalProtocolError as fault:
+            raise BadOption(str(fault)) from None
+
+    @property
+    def fast(self) -> FastPath | None:
+        """The compiled path of the disk, or None."""
+        return self.disk.fast_path
+
+    def states(self, context: str, offset: int, length: int, *, most: int) -> list[State]:
+        """What a metadata context says about the span: at most `most` (length, flags), neighbours that differ.
+
+        It begins at `offset`, has at least one extent, and may end before the span does. Raises ImageError and others.
+        """
+        return _joined(self._pieces(context, offset, length), most)
+
+    def stored(self, offset: int, length: int) -> Iterator[tuple[int, bool]]:
+        """Yield (length, whether it reads as zeros without looking) for the whole span, neighbours that differ."""
+        pending, zero = 0, False
+        for extent in self.disk.extents(offset, length):
+            if pending and extent.zero != zero:
+                yield pending, zero
+                pending = 0
+            pending, zero = pending + extent.length, extent.zero
+        if pending:
+            yield pending, zero
+
+    def _pieces(self, context: str, offset: int, length: int) -> Iterator[State]:
+        if context == BASE_ALLOCATION:
+            for extent in self.disk.extents(offset, length):
+                hole, zero = not extent.data, extent.zero
+                yield extent.length, (STATE_HOLE if hole else 0) | (STATE_ZERO if zero else 0)
+        elif context == ALLOCATION_DEPTH:
+            for extent in self.disk.extents(offset, length):
+                yield extent.length, extent.depth + 1 if extent.present else 0
+        else:
+            yield from self._bitmaps[context].states(offset, length)
+
+
+def find_bitmap(disk: Image, name: str) -> ExportedBitmap:
+    """Return the uppermost usable bitmap of that name in the chain. Raises BadOption that says what is wrong."""
+    raw = os.fsencode(name)
+    there: list[str] = []
+    for layer in disk.layers:
+        if not isinstance(layer, Qcow2Layer):
+            continue
+        for bitmap in load_bitmaps(layer.storage, layer.first):
+            there.append(escaped(bitmap.name))
+            if bitmap.name != raw:
+                continue
+            if bitmap.fault or bitmap.in_use:
+                reason = bitmap.fault or "a writer did not finish it"
+                raise BadOption(f"bitmap '{escaped(raw)}' of '{layer.name}' cannot be served: {reason}")
+            return ExportedBitmap(layer, bitmap)
+    known = ", ".join(f"'{one}'" for one in there[:20])
+    expected = f"one of {known}" if known else "none: the chain has no bitmaps"
+    raise BadOption(f"bitmap is '{escaped(raw)}', expected {expected}")
+
+
+def _joined(pieces: Iterable[State], most: int) -> list[State]:
+    states: list[State] = []
+    total = flags = 0
+    for looked_at, (length, found) in enumerate(pieces):
+        if total and (found != flags or looked_at >= MOST_LOOKED_AT):
+            states.append((total, flags))
+            total = 0
+            if len(states) >= most or looked_at >= MOST_LOOKED_AT:
+                return states
+        total, flags = total + length, found
+    return [*states, (total, flags)] if total else states
