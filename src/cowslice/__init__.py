@@ -1,6 +1,7 @@
 """cowslice: the qcow2 engine for Python.
 
-The public door. `open` gives an Image; everything else here is what an Image takes, gives or raises.
+The public door. `open` gives an Image, `serve` gives images to NBD clients; everything else here is what an Image takes,
+gives or raises.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from cowslice.image.image import Image
     from cowslice.image.image import open_image as open
     from cowslice.image.mapping import Extent
+    from cowslice.serve.server import serve
 
 __version__ = "0.1.0"
 
@@ -70,6 +72,7 @@ __all__ = [
     "StorageError",
     "UnsupportedImage",
     "open",
+    "serve",
 ]
 
 _HOMES = {
@@ -85,6 +88,8 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'cowslice' has no attribute '{name}'")
     from importlib import import_module
 
+    if name == "serve":  # a package that can be called
+        return import_module("cowslice.serve")
     home = import_module("cowslice.image.image" if name == "open" else _HOMES.get(name, "cowslice.errors"))
     found: object = getattr(home, "open_image" if name == "open" else name)
     globals()[name] = found
