@@ -21,9 +21,20 @@ def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     options = f"encrypt.format={request.param},encrypt.key-secret=s,cluster_size=4096"
     if request.param == "luks":
         options += ",encrypt.iter-time=10"
-    peers.qemu_img("create", "-q", "-f", "qcow2", "-o", options, "--object", f"secret,id=s,data={SECRET}", path, MiB)
+    create(path, options)
     write(path, "write -P 7 1000 100000", "write -P 9 800k 70000", "write -z 900k 8k")
     return path
+
+
+def create(path: Path, options: str) -> None:
+    """QEMU measures how fast a key is derived, and on a busy machine gives up: then it is asked again."""
+    for _ in range(40):
+        done = peers.run("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, "--object",
+                         f"secret,id=s,data={SECRET}", path, str(MiB), expect=(0, 1))
+        if done.returncode == 0:
+            return
+        assert b"accurate CPU usage" in done.stderr, done.stderr
+    pytest.fail("qemu-img could not create the image")
 
 
 def write(path: Path, *commands: str) -> None:
@@ -45,11 +56,10 @@ def test_an_encrypted_image_reads_with_its_secret(image: Path) -> None:
         assert disk.read(0, disk.size) == expected()
 
 
-@pytest.mark.parametrize("span", [(0, 1), (999, 2), (1000, 511), (511, 3), (101_000 - 1, 700), (MiB - 1, 1)])
-def test_any_span_of_an_encrypted_image_reads(image: Path, span: tuple[int, int]) -> None:
-    offset, length = span
+def test_any_span_of_an_encrypted_image_reads(image: Path) -> None:
     with cowslice.open(image, secret=SECRET.encode()) as disk:
-        assert disk.read(offset, length) == expected()[offset : offset + length]
+        for offset, length in ((0, 1), (999, 2), (1000, 511), (511, 3), (101_000 - 1, 700), (MiB - 1, 1)):
+            assert disk.read(offset, length) == expected()[offset : offset + length]
 
 
 def test_a_secret_may_be_asked_for_by_the_name_of_the_file(image: Path) -> None:
