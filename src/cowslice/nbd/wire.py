@@ -62,7 +62,8 @@ class HandshakeFlag(IntFlag):
     NO_ZEROES = 2
 
 
-KNOWN_HANDSHAKE_FLAGS = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
+# A plain number: the complement of an IntFlag knows no bits beyond its members.
+KNOWN_HANDSHAKE_FLAGS = int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
 
 
 class Option(IntEnum):

@@ -1,0 +1,557 @@
+"""The server's half of the negotiation, message by message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cowslice.errors import LocalProtocolError, RemoteProtocolError
+from cowslice.nbd import (
+    NEED_DATA,
+    Aborted,
+    BlockSizes,
+    Context,
+    Export,
+    Negotiated,
+    OptionAnswered,
+    ServerHandshake,
+    StartTls,
+    TlsPolicy,
+    export_flags,
+)
+from cowslice.nbd.options import ContextWish, ExportWish, encode_context_wish, encode_export_wish, encode_option
+from cowslice.nbd.wire import (
+    ALLOCATION_DEPTH,
+    BASE_ALLOCATION,
+    CLIENT_FLAGS,
+    MAX_CONTEXTS,
+    MAX_OPTION,
+    MAX_OPTION_KEPT,
+    MAX_OPTIONS,
+    MAX_QUERIES,
+    OPTION,
+    OPTION_MAGIC,
+    OPTION_REPLY,
+    Answer,
+    ExportFlag,
+    Mode,
+    Option,
+)
+from tests.unit.nbd.talk import FIXED, TRAILING, WAYS, drain, feed_trailing, feed_whole
+
+BITMAP = "qemu:dirty-bitmap:monday"
+DISK = Export("disk", 1 << 20, description="a disk", contexts=(BASE_ALLOCATION, ALLOCATION_DEPTH, BITMAP))
+OTHER = Export("other", 4096, export_flags(writable=True, multi_conn=True))
+
+Feed = Callable[[Any, bytes], list[Any]]
+
+
+@pytest.fixture(params=WAYS, ids=lambda way: way.__name__)
+def feed(request: pytest.FixtureRequest) -> Feed:
+    way: Feed = request.param
+    return way
+
+
+def greeted(*exports: Export, flags: bytes = FIXED, **policy: Any) -> ServerHandshake:
+    """A server that has the client's flags."""
+    handshake = ServerHandshake(exports or (DISK, OTHER), **policy)
+    handshake.data_to_send()
+    handshake.receive(flags)
+    assert handshake.next_event() is NEED_DATA
+    return handshake
+
+
+def answers(handshake: ServerHandshake) -> list[tuple[int, bytes]]:
+    """Type and payload of every answer that waits to be sent."""
+    data, found = handshake.data_to_send(), []
+    while data:
+        _, _, answer, length = OPTION_REPLY.unpack_from(data)
+        found.append((answer, data[OPTION_REPLY.size : OPTION_REPLY.size + length]))
+        data = data[OPTION_REPLY.size + length :]
+    return found
+
+
+def last(handshake: ServerHandshake) -> int:
+    return answers(handshake)[-1][0]
+
+
+def go(name: str, *wanted: int, option: Option = Option.GO) -> bytes:
+    return encode_option(option, encode_export_wish(ExportWish(name, frozenset(wanted))))
+
+
+def contexts(option: Option, name: str, *queries: str) -> bytes:
+    return encode_option(option, encode_context_wish(ContextWish(name, queries)))
+
+
+def negotiated(handshake: ServerHandshake, message: bytes, feed: Feed = feed_whole) -> Negotiated:
+    (event,) = feed(handshake, message)
+    assert isinstance(event, Negotiated)
+    return event
+
+
+def test_the_greeting_offers_fixed_newstyle_without_zeroes() -> None:
+    assert ServerHandshake([DISK]).data_to_send() == b"NBDMAGICIHAVEOPT\0\3"
+
+
+@pytest.mark.parametrize("flags", [4, 0x80000001, 0xFFFFFFFF])
+def test_a_client_flag_that_nobody_knows_ends_the_connection(flags: int) -> None:
+    handshake = ServerHandshake([DISK])
+    with pytest.raises(RemoteProtocolError, match="client flags"):
+        feed_whole(handshake, CLIENT_FLAGS.pack(flags))
+    with pytest.raises(RemoteProtocolError):
+        handshake.next_event()
+
+
+@pytest.mark.parametrize("option", [Option.STRUCTURED_REPLY, Option.EXTENDED_HEADERS, Option.LIST])
+def test_an_option_without_payload_is_acknowledged(feed: Feed, option: Option) -> None:
+    handshake = greeted()
+    assert feed(handshake, encode_option(option)) == [OptionAnswered(option, Answer.ACK)]
+    assert last(handshake) == Answer.ACK
+
+
+@pytest.mark.parametrize(
+    "option", [Option.STRUCTURED_REPLY, Option.EXTENDED_HEADERS, Option.LIST, Option.STARTTLS]
+)
+def test_an_option_that_takes_no_payload_refuses_one(feed: Feed, option: Option) -> None:
+    handshake = greeted(tls=TlsPolicy.OFFERED)
+    feed(handshake, encode_option(option, b"x"))
+    assert last(handshake) == Answer.ERR_INVALID
+
+
+def test_exports_are_listed_in_order_with_their_descriptions(feed: Feed) -> None:
+    handshake = greeted()
+    feed(handshake, encode_option(Option.LIST))
+    assert answers(handshake) == [
+        (Answer.SERVER, b"\0\0\0\4diska disk"), (Answer.SERVER, b"\0\0\0\5other"), (Answer.ACK, b"")
+    ]
+
+
+def test_a_server_may_keep_its_list_to_itself() -> None:
+    handshake = greeted(listing=False)
+    feed_whole(handshake, encode_option(Option.LIST))
+    assert last(handshake) == Answer.ERR_POLICY
+
+
+def test_an_unknown_option_is_skipped_with_its_payload(feed: Feed) -> None:
+    handshake = greeted()
+    assert feed(handshake, encode_option(4711, b"payload")) == [OptionAnswered(4711, Answer.ERR_UNSUP)]
+    assert last(handshake) == Answer.ERR_UNSUP
+
+
+def test_abort_is_acknowledged_and_nothing_after_it_is_read(feed: Feed) -> None:
+    handshake = greeted()
+    assert feed(handshake, encode_option(Option.ABORT, b"ignored")) == [Aborted()]
+    assert last(handshake) == Answer.ACK
+    assert feed_whole(handshake, encode_option(Option.LIST)) == []
+    assert handshake.data_to_send() == b""
+
+
+def test_go_tells_sizes_and_enters_transmission(feed: Feed) -> None:
+    handshake = greeted()
+    event = negotiated(handshake, go("disk"), feed)
+    told = {payload[:2]: payload[2:] for answer, payload in answers(handshake) if answer == Answer.INFO}
+    assert told == {
+        b"\0\0": (1 << 20).to_bytes(8, "big") + b"\x04\x0f",
+        b"\0\2": b"a disk",
+        b"\0\3": bytes.fromhex("00000001 00001000 02000000"),
+    }
+    assert event.export is DISK
+    assert event.session.mode is Mode.SIMPLE
+    assert handshake.take_leftover() == (TRAILING if feed is feed_trailing else b"")
+
+
+def test_info_tells_the_same_and_stays(feed: Feed) -> None:
+    handshake = greeted()
+    assert feed(handshake, go("other", option=Option.INFO)) == [OptionAnswered(Option.INFO, Answer.ACK)]
+    informed = answers(handshake)
+    handshake = greeted()
+    negotiated(handshake, go("other"))
+    assert answers(handshake) == informed
+
+
+def test_the_name_is_told_when_it_is_asked_for() -> None:
+    handshake = greeted()
+    negotiated(handshake, go("disk", 1))
+    assert (Answer.INFO, b"\0\1disk") in answers(handshake)
+
+
+def test_an_information_that_nobody_knows_is_ignored() -> None:
+    assert negotiated(greeted(), go("disk", 99, 3)).export is DISK
+
+
+@pytest.mark.parametrize("option", [Option.GO, Option.INFO])
+def test_an_unknown_export_is_refused_and_another_may_follow(feed: Feed, option: Option) -> None:
+    handshake = greeted()
+    feed(handshake, go("nothing", option=option))
+    assert last(handshake) == Answer.ERR_UNKNOWN
+
+
+def test_the_empty_name_means_the_default_export_by_its_own_name() -> None:
+    handshake = greeted(default="other")
+    event = negotiated(handshake, go(""))
+    assert event.session.name == "other"
+    assert (Answer.INFO, b"\0\1other") in answers(handshake)
+
+
+def test_without_a_default_the_empty_name_is_a_name_like_any_other() -> None:
+    handshake = greeted()
+    feed_whole(handshake, go(""))
+    assert last(handshake) == Answer.ERR_UNKNOWN
+    assert negotiated(greeted(Export("", 512)), go("")).session.size == 512
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b"", b"\0\0\0", b"\0\0\0\4disk", b"\0\0\0\5disk\0\0", b"\0\0\0\4disk\0\1", b"\0\0\0\4disk\0\0x",
+     b"\xff\xff\xff\xffdisk\0\0", b"\0\0\0\4di\0k\0\0", b"\0\0\0\2\xc3\x28\0\0"],
+)  # fmt: skip
+def test_a_malformed_go_is_refused_as_invalid(payload: bytes) -> None:
+    handshake = greeted()
+    feed_whole(handshake, encode_option(Option.GO, payload))
+    assert last(handshake) == Answer.ERR_INVALID
+
+
+def test_a_name_beyond_the_string_limit_is_too_big() -> None:
+    handshake = greeted()
+    feed_whole(handshake, encode_option(Option.GO, b"\0\0\x10\1" + b"n" * 4097 + b"\0\0"))
+    assert last(handshake) == Answer.ERR_TOO_BIG
+
+
+def test_the_best_style_wins_and_decides_the_flags() -> None:
+    handshake = greeted()
+    for option in (Option.STRUCTURED_REPLY, Option.EXTENDED_HEADERS):
+        feed_whole(handshake, encode_option(option))
+    session = negotiated(handshake, go("other")).session
+    assert session.mode is Mode.EXTENDED
+    assert session.flags & ExportFlag.SEND_DF
+    assert not session.flags & ExportFlag.BLOCK_STATUS_PAYLOAD  # no contexts
+
+
+def test_extended_headers_cannot_be_turned_into_structured_replies() -> None:
+    handshake = greeted()
+    for option in (Option.EXTENDED_HEADERS, Option.STRUCTURED_REPLY):
+        feed_whole(handshake, encode_option(option))
+    assert last(handshake) == Answer.ERR_EXT_HEADER_REQD
+    assert negotiated(handshake, go("disk")).session.mode is Mode.EXTENDED
+
+
+# EXPORT_NAME
+
+
+@pytest.mark.parametrize("flags, padding", [(3, 0), (1, 124), (0, 124), (2, 0)])
+def test_export_name_enters_transmission(feed: Feed, flags: int, padding: int) -> None:
+    handshake = greeted(flags=CLIENT_FLAGS.pack(flags))
+    event = negotiated(handshake, encode_option(Option.EXPORT_NAME, b"disk"), feed)
+    assert handshake.data_to_send() == (1 << 20).to_bytes(8, "big") + b"\x04\x0f" + bytes(padding)
+    assert event.session.size == 1 << 20
+
+
+@pytest.mark.parametrize("name", [b"nothing", b"di\0k", b"\xff", b"n" * 4097])
+def test_export_name_of_nothing_ends_the_connection(name: bytes) -> None:
+    with pytest.raises(RemoteProtocolError):
+        feed_whole(greeted(), encode_option(Option.EXPORT_NAME, name))
+
+
+def test_export_name_after_extended_headers_ends_the_connection() -> None:
+    handshake = greeted()
+    feed_whole(handshake, encode_option(Option.EXTENDED_HEADERS))
+    with pytest.raises(RemoteProtocolError, match="expected GO"):
+        feed_whole(handshake, encode_option(Option.EXPORT_NAME, b"disk"))
+
+
+@pytest.mark.parametrize("option", set(Option) - {Option.EXPORT_NAME})
+def test_a_client_without_fixed_newstyle_has_no_other_option(option: Option) -> None:
+    with pytest.raises(RemoteProtocolError, match="fixed newstyle"):
+        feed_whole(greeted(flags=bytes(4)), encode_option(option))
+
+
+# Block sizes
+
+
+STRICT = Export("strict", 1 << 20, block_sizes=BlockSizes(4096, 65536, 1 << 20), sizes_required=True)
+
+
+def test_an_export_that_requires_its_sizes_tells_them_and_refuses_who_does_not_ask() -> None:
+    handshake = greeted(STRICT)
+    feed_whole(handshake, go("strict"))
+    assert [answer for answer, _ in answers(handshake)] == [Answer.INFO, Answer.ERR_BLOCK_SIZE_REQD]
+    assert negotiated(handshake, go("strict", 3)).session.block_sizes == STRICT.block_sizes
+
+
+def test_an_export_that_requires_its_sizes_cannot_be_had_by_export_name() -> None:
+    with pytest.raises(RemoteProtocolError, match="block sizes"):
+        feed_whole(greeted(STRICT), encode_option(Option.EXPORT_NAME, b"strict"))
+
+
+@pytest.mark.parametrize(
+    "sizes", [(0, 512, 4096), (3, 512, 4096), (1 << 17, 1 << 17, 1 << 20), (1, 256, 4096), (4096, 512, 4096),
+              (1, 4096, 512), (1, 4096, 1 << 32), (1, 5000, 65536)],
+)  # fmt: skip
+def test_impossible_block_sizes_are_our_own_fault(sizes: tuple[int, int, int]) -> None:
+    with pytest.raises(LocalProtocolError):
+        BlockSizes(*sizes)
+
+
+# Metadata contexts
+
+
+@pytest.mark.parametrize(
+    "queries, listed",
+    [
+        ((), DISK.contexts),
+        (("base:",), (BASE_ALLOCATION,)),
+        (("base:allocation",), (BASE_ALLOCATION,)),
+        (("qemu:",), (ALLOCATION_DEPTH, BITMAP)),
+        (("qemu:dirty-bitmap:",), (BITMAP,)),
+        ((BITMAP, BITMAP, "qemu:"), (ALLOCATION_DEPTH, BITMAP)),
+        (("qemu:dirty-bitmap:mon", "base", "", "x:", "base:alloc"), ()),
+    ],
+)
+def test_contexts_are_listed_by_name_and_by_prefix(
+    feed: Feed, queries: tuple[str, ...], listed: tuple[str, ...]
+) -> None:
+    handshake = greeted()
+    feed(handshake, contexts(Option.LIST_META_CONTEXT, "disk", *queries))
+    *found, end = answers(handshake)
+    assert found == [(Answer.META_CONTEXT, bytes(4) + name.encode()) for name in listed]
+    assert end == (Answer.ACK, b"")
+
+
+def structured() -> ServerHandshake:
+    handshake = greeted()
+    feed_whole(handshake, encode_option(Option.STRUCTURED_REPLY))
+    handshake.data_to_send()
+    return handshake
+
+
+def test_contexts_are_selected_by_name_only(feed: Feed) -> None:
+    handshake = structured()
+    feed(handshake, contexts(Option.SET_META_CONTEXT, "disk", "base:", "qemu:", BITMAP, BASE_ALLOCATION, BITMAP, "?"))
+    assert answers(handshake) == [
+        (Answer.META_CONTEXT, b"\0\0\0\0base:allocation"), (Answer.META_CONTEXT, b"\0\0\0\2" + BITMAP.encode()),
+        (Answer.ACK, b""),
+    ]  # fmt: skip
+
+
+def test_selected_contexts_go_into_the_session() -> None:
+    handshake = structured()
+    feed_whole(handshake, contexts(Option.SET_META_CONTEXT, "disk", BITMAP))
+    assert negotiated(handshake, go("disk")).session.contexts == (Context(2, BITMAP),)
+
+
+def test_contexts_with_extended_headers_allow_to_choose_among_them() -> None:
+    handshake = greeted()
+    feed_whole(handshake, encode_option(Option.EXTENDED_HEADERS))
+    feed_whole(handshake, contexts(Option.SET_META_CONTEXT, "disk", BITMAP))
+    assert negotiated(handshake, go("disk")).session.flags & ExportFlag.BLOCK_STATUS_PAYLOAD
+
+
+@pytest.mark.parametrize(
+    "second", [contexts(Option.SET_META_CONTEXT, "disk"), contexts(Option.SET_META_CONTEXT, "nothing", "base:x"),
+               encode_option(Option.SET_META_CONTEXT, b"broken")],
+)  # fmt: skip
+def test_every_new_selection_replaces_the_old_one_even_when_it_fails(second: bytes) -> None:
+    handshake = structured()
+    feed_whole(handshake, contexts(Option.SET_META_CONTEXT, "disk", BITMAP))
+    feed_whole(handshake, second)
+    assert negotiated(handshake, go("disk")).session.contexts == ()
+
+
+def test_contexts_of_another_export_are_dropped() -> None:
+    handshake = structured()
+    feed_whole(handshake, contexts(Option.SET_META_CONTEXT, "other", BASE_ALLOCATION))
+    assert negotiated(handshake, go("disk")).session.contexts == ()
+
+
+def test_contexts_need_structured_replies_to_be_selected_not_to_be_listed() -> None:
+    handshake = greeted()
+    feed_whole(handshake, contexts(Option.LIST_META_CONTEXT, "disk"))
+    assert last(handshake) == Answer.ACK
+    feed_whole(handshake, contexts(Option.SET_META_CONTEXT, "disk", BASE_ALLOCATION))
+    assert last(handshake) == Answer.ERR_INVALID
+
+
+def test_contexts_of_an_unknown_export_are_refused() -> None:
+    handshake = structured()
+    for option in (Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT):
+        feed_whole(handshake, contexts(option, "nothing"))
+        assert last(handshake) == Answer.ERR_UNKNOWN
+
+
+@pytest.mark.parametrize(
+    "payload", [b"", b"\0\0\0\4disk", b"\0\0\0\4disk\0\0\0\1", b"\0\0\0\4disk\0\0\0\1\0\0\0\5base",
+                b"\0\0\0\4disk\0\0\0\0x", b"\0\0\0\4disk\xff\xff\xff\xff"],
+)  # fmt: skip
+def test_malformed_queries_are_refused(payload: bytes) -> None:
+    handshake = structured()
+    feed_whole(handshake, encode_option(Option.LIST_META_CONTEXT, payload))
+    assert last(handshake) in (Answer.ERR_INVALID, Answer.ERR_TOO_BIG)
+
+
+def test_too_many_queries_and_too_many_contexts_are_too_big() -> None:
+    names = tuple(f"x:{number}" for number in range(MAX_CONTEXTS + 1))
+    handshake = greeted(Export("many", 512, contexts=names))
+    feed_whole(handshake, encode_option(Option.STRUCTURED_REPLY))
+    feed_whole(handshake, contexts(Option.SET_META_CONTEXT, "many", *names))
+    assert last(handshake) == Answer.ERR_TOO_BIG
+    feed_whole(handshake, contexts(Option.LIST_META_CONTEXT, "many", *["x:1"] * (MAX_QUERIES + 1)))
+    assert last(handshake) == Answer.ERR_TOO_BIG
+
+
+# TLS
+
+
+def test_tls_is_refused_where_it_is_off(feed: Feed) -> None:
+    handshake = greeted()
+    feed(handshake, encode_option(Option.STARTTLS))
+    assert last(handshake) == Answer.ERR_POLICY
+
+
+@pytest.mark.parametrize("policy", [TlsPolicy.OFFERED, TlsPolicy.REQUIRED])
+def test_starttls_asks_for_the_upgrade_and_forgets_what_was_agreed_on(policy: TlsPolicy) -> None:
+    handshake = greeted(tls=policy)
+    feed_whole(handshake, encode_option(Option.STRUCTURED_REPLY))
+    feed_whole(handshake, contexts(Option.SET_META_CONTEXT, "disk", BASE_ALLOCATION))
+    assert feed_whole(handshake, encode_option(Option.STARTTLS)) == [StartTls()]
+    assert last(handshake) == Answer.ACK
+    handshake.tls_started()
+    session = negotiated(handshake, go("disk")).session
+    assert (session.mode, session.contexts, session.tls) == (Mode.SIMPLE, (), True)
+
+
+@pytest.mark.parametrize("option", set(Option) - {Option.STARTTLS, Option.ABORT, Option.EXPORT_NAME} | {77})
+def test_where_tls_is_required_every_other_option_says_so(option: int) -> None:
+    handshake = greeted(tls=TlsPolicy.REQUIRED)
+    feed_whole(handshake, encode_option(option, b"whatever"))
+    assert last(handshake) == Answer.ERR_TLS_REQD
+
+
+def test_where_tls_is_required_abort_works_and_export_name_ends_the_connection() -> None:
+    assert feed_whole(greeted(tls=TlsPolicy.REQUIRED), encode_option(Option.ABORT)) == [Aborted()]
+    with pytest.raises(RemoteProtocolError, match="TLS"):
+        feed_whole(greeted(tls=TlsPolicy.REQUIRED), encode_option(Option.EXPORT_NAME, b"disk"))
+
+
+def test_bytes_behind_starttls_in_clear_are_never_taken_for_encrypted_ones() -> None:
+    handshake = greeted(tls=TlsPolicy.REQUIRED)
+    with pytest.raises(RemoteProtocolError, match="in clear"):
+        feed_whole(handshake, encode_option(Option.STARTTLS) + go("disk"))
+
+
+def test_bytes_before_the_tls_handshake_in_clear_are_never_taken_for_encrypted_ones() -> None:
+    handshake = greeted(tls=TlsPolicy.REQUIRED)
+    feed_whole(handshake, encode_option(Option.STARTTLS))
+    handshake.receive(go("disk"))
+    with pytest.raises(RemoteProtocolError, match="in clear"):
+        handshake.tls_started()
+
+
+def test_tls_starts_once() -> None:
+    handshake = greeted(tls=TlsPolicy.OFFERED)
+    with pytest.raises(LocalProtocolError):
+        handshake.tls_started()
+    feed_whole(handshake, encode_option(Option.STARTTLS))
+    handshake.tls_started()
+    feed_whole(handshake, encode_option(Option.STARTTLS))
+    assert last(handshake) == Answer.ERR_INVALID
+
+
+SECRET = Export("secret", 512, tls_only=True)
+
+
+def test_an_export_for_tls_only_cannot_be_told_from_none_in_clear() -> None:
+    handshake = greeted(DISK, SECRET, tls=TlsPolicy.OFFERED)
+    for name in ("secret", "nothing"):
+        feed_whole(handshake, go(name))
+        assert answers(handshake) == [(Answer.ERR_TLS_REQD, b"this needs TLS")]
+    feed_whole(handshake, encode_option(Option.LIST))
+    assert len(answers(handshake)) == 2
+    feed_whole(handshake, contexts(Option.LIST_META_CONTEXT, "secret"))
+    assert last(handshake) == Answer.ERR_UNKNOWN
+    assert negotiated(handshake, go("disk")).export is DISK
+
+
+def test_an_export_for_tls_only_is_had_with_tls() -> None:
+    handshake = greeted(DISK, SECRET, tls=TlsPolicy.OFFERED)
+    feed_whole(handshake, encode_option(Option.STARTTLS))
+    handshake.tls_started()
+    assert negotiated(handshake, go("secret")).export is SECRET
+
+
+def test_an_export_for_tls_only_needs_a_server_with_tls() -> None:
+    with pytest.raises(LocalProtocolError):
+        ServerHandshake([SECRET])
+
+
+# Limits and endings
+
+
+def test_a_server_that_stops_says_so_to_everything_but_abort() -> None:
+    handshake = greeted()
+    handshake.shut_down()
+    feed_whole(handshake, go("disk"))
+    assert last(handshake) == Answer.ERR_SHUTDOWN
+    assert feed_whole(handshake, encode_option(Option.ABORT)) == [Aborted()]
+
+
+def test_a_large_option_is_refused_without_being_stored() -> None:
+    handshake = greeted()
+    length = MAX_OPTION_KEPT + 1
+    handshake.receive(OPTION.pack(OPTION_MAGIC, Option.LIST, length))
+    for _ in range(length // 4096):
+        assert drain(handshake) == []
+        handshake.receive(bytes(4096))
+        assert len(handshake._inbox) == 0
+    assert feed_whole(handshake, bytes(length % 4096)) == [OptionAnswered(Option.LIST, Answer.ERR_TOO_BIG)]
+    assert negotiated(handshake, go("disk")).export is DISK
+
+
+@pytest.mark.parametrize(
+    "header", [OPTION.pack(OPTION_MAGIC, Option.LIST, MAX_OPTION + 1), OPTION.pack(OPTION_MAGIC + 1, 3, 0),
+               OPTION.pack(OPTION_MAGIC, Option.EXPORT_NAME, 4097)],
+)  # fmt: skip
+def test_a_header_beyond_reason_ends_the_connection_at_once(header: bytes) -> None:
+    with pytest.raises(RemoteProtocolError):
+        feed_whole(greeted(), header)
+
+
+def test_a_client_that_never_stops_asking_is_left() -> None:
+    handshake = greeted()
+    for _ in range(MAX_OPTIONS):
+        feed_whole(handshake, encode_option(4711))
+        handshake.data_to_send()
+    with pytest.raises(RemoteProtocolError, match="options"):
+        feed_whole(handshake, encode_option(4711))
+
+
+def test_one_event_answers_one_option_however_many_have_come() -> None:
+    handshake = greeted()
+    handshake.receive(encode_option(Option.LIST) * 1000)
+    handshake.next_event()
+    assert len(answers(handshake)) == 3
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"name": "n" * 4097}, {"name": "a\0b"}, {"size": -1}, {"size": 1 << 63}, {"contexts": ("nocolon",)},
+              {"contexts": ("a:b", "a:b")}, {"description": "\ud800"}],
+)  # fmt: skip
+def test_an_export_that_cannot_be_offered_is_our_own_fault(wrong: dict[str, Any]) -> None:
+    with pytest.raises(LocalProtocolError):
+        Export(**{"name": "x", "size": 512} | wrong)
+
+
+def test_two_exports_of_one_name_are_our_own_fault() -> None:
+    with pytest.raises(LocalProtocolError):
+        ServerHandshake([DISK, DISK])
+
+
+def test_leftover_is_there_only_after_the_end() -> None:
+    with pytest.raises(LocalProtocolError):
+        greeted().take_leftover()
+
+
+@pytest.mark.parametrize("writable, flags", [(False, 0x40F), (True, 0xC6D)])
+def test_flags_are_those_of_qemu_nbd(writable: bool, flags: int) -> None:
+    assert export_flags(writable=writable) == flags
