@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from cowslice.cli import exitcodes
+from cowslice.cli.benchnbd import bench_nbd
 from cowslice.cli.options import (
     CACHE_MODES,
     Given,
@@ -26,7 +27,8 @@ Examples:
   cowslice bench disk.qcow2                            75000 reads of 4 KiB in a row, 64 at once
   cowslice bench --random -d 1 --l2-cache-size 1M disk.qcow2
   cowslice bench table --short                         the rows of 4 KiB slices, in about a minute
-  cowslice bench table --layout random --output=json --plot table.svg"""
+  cowslice bench table --layout random --output=json --plot table.svg
+  cowslice bench nbd nbd://localhost                   the answers of an NBD server"""
 
 TABLE_EPILOG = """\b
 Examples:
@@ -42,7 +44,7 @@ empty cache without warm-up; 'warm' is what follows. 'plain' is the same loop on
 
 
 class Bench(click.Group):
-    """`bench table` is a verb of its own; any other first word is the image of a plain bench."""
+    """`bench table` and `bench nbd` are verbs of their own; any other first word is the image of a plain bench."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -61,8 +63,12 @@ def command() -> None:
     """Measure reading.
 
     'cowslice bench IMAGE' takes the options of 'qemu-img bench' (see 'cowslice bench IMAGE --help'); 'cowslice bench
-    table' measures the published tables of slice and cache sizes beside QEMU.
+    table' measures the published tables of slice and cache sizes beside QEMU; 'cowslice bench nbd URI' measures an NBD
+    server.
     """
+
+
+command.add_command(bench_nbd)
 
 
 @click.command("bench", epilog=EPILOG)

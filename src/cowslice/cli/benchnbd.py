@@ -1,0 +1,110 @@
+"""`cowslice bench nbd`: how fast an NBD server answers; and how the table over NBD is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from cowslice.cli import exitcodes
+from cowslice.cli.options import output_format
+from cowslice.cli.output import say, say_fields, say_json, warn
+from cowslice.errors import BadOption
+from cowslice.units import format_size, parse_size
+
+EPILOG = """\b
+Examples:
+  cowslice bench nbd nbd://localhost                       random 4 KiB reads, 32 at once, for five seconds
+  cowslice bench nbd -d 1 -c 20000 nbd+unix:///vm?socket=/run/vm.sock
+  cowslice bench nbd -s 256k --sequential --connections 4 nbd://localhost
+  cowslice bench nbd --verify disk.raw nbd://localhost     every byte compared with a raw copy
+  cowslice bench nbd --write 30 nbd://localhost            OVERWRITES the export with noise
+
+\b
+Latency is from the moment a window of requests is sent to the moment its replies are there. With --verify, writes write
+what the raw copy holds, so the export stays as it is."""
+
+_NARROW = 0.9  # a thread that computes for longer than this part of the time may be what is measured
+
+
+@click.command("nbd", epilog=EPILOG)
+@output_format
+@click.option("--connections", default=1, show_default=True, metavar="N", help="Each has a thread of its own.")
+@click.option("-d", "--depth", default=32, show_default=True, metavar="N", help="Requests under way per connection.")
+@click.option("-s", "length", default="4k", show_default=True, metavar="SIZE", help="Bytes of a request.")
+@click.option("--sequential", is_flag=True, help="One after another instead of at random.")
+@click.option("-S", "step", metavar="STEP", help="From one request to the next, instead of at random.")
+@click.option("-o", "offset", default="0", metavar="OFFSET", help="Where the part of the disk begins that is used.")
+@click.option("--span", default="0", metavar="SIZE", help="How long it is; 0: to the end.")
+@click.option("--write", "writes", default=0, metavar="PERCENT", help="So many requests write. Destroys what is there.")
+@click.option("-c", "count", default=0, metavar="COUNT", help="End after so many requests.")
+@click.option("-t", "--time", "seconds", type=float, metavar="SECONDS", help="End after so long. [default: 5]")
+@click.option("--seed", default=0, help="Of what is random.")
+@click.option("--simple", is_flag=True, help="Do not ask for structured replies.")
+@click.option(
+    "--verify", "content", type=click.Path(exists=True, dir_okay=False), metavar="FILE", help="What should be read: raw."
+)
+@click.argument("uri")
+def bench_nbd(
+    uri: str,
+    output: str,
+    length: str,
+    sequential: bool,
+    step: str | None,
+    offset: str,
+    span: str,
+    seconds: float | None,
+    simple: bool,
+    count: int,
+    **chosen: Any,
+) -> int:
+    """Load the NBD export at URI with requests and say how fast they are answered.
+
+    URI is nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH.
+    """
+    from cowslice.ops.bench.nbdbench import LoadOptions, run_load
+
+    if sequential and step:
+        raise BadOption("--sequential and -S are both given, expected one of them")
+    size = parse_size(length, "-s")
+    options = LoadOptions(
+        length=size,
+        step=size if sequential else parse_size(step or 0, "-S"),
+        offset=parse_size(offset, "-o"),
+        span=parse_size(span, "--span"),
+        seconds=seconds if seconds is not None else 0.0 if count else 5.0,
+        count=count,
+        structured=not simple,
+        **chosen,
+    )
+    result = run_load(uri, options)
+    if output == "json":
+        say_json(result.as_json())
+    else:
+        _say_load(result)
+    return exitcodes.FAILED if result.errors else exitcodes.OK
+
+
+def _say_load(result: Any) -> None:
+    from cowslice.ops.bench.nbdbench import PERCENTILES
+
+    say(f"{result.requests:,} requests in {result.seconds:.3f} seconds, {result.mode} replies.")
+    fields = [
+        ("requests/s", f"{result.rate:,.0f}"),
+        ("throughput", f"{format_size(int(result.bytes / result.seconds))}/s"),
+        ("latency", "  ".join(f"p{p:g} {format_time(result.percentile(p))}" for p in PERCENTILES)),
+        ("generator", f"{result.busy:.0%} of a processor for the busiest connection"),
+    ]
+    if result.errors:
+        fields.append(("errors", f"{result.errors:,}, the first of them {result.first_error}"))
+    say_fields(fields)
+    if result.busy > _NARROW:
+        warn("the generator was busy nearly all the time: the server may be faster than this; use more connections")
+
+
+def format_time(seconds: float) -> str:
+    """A duration that people can read: 12.3 us, 4.5 ms, 2 s."""
+    for scale, unit in ((1e-6, "us"), (1e-3, "ms")):
+        if seconds < 1000 * scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds:.3g} s"
