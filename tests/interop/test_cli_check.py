@@ -174,6 +174,44 @@ def test_a_header_that_is_cut_off_is_told_in_one_sentence(tmp_path: Path, length
     assert said.err.startswith("cowslice: ")
 
 
+def test_an_l1_table_that_repeats_one_l2_table_costs_no_more_than_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    peers.qemu_img("create", "-f", "qcow2", "-o", "cluster_size=512", path, "128M")
+    peers.qemu_io(path, "write 0 4k")
+    data = bytearray(path.read_bytes())
+    at = int.from_bytes(data[40:48], "big")
+    data[at : at + 4096 * 8] = data[at : at + 8] * 4096
+    path.write_bytes(data)
+    said = cowslice("check", path)
+    assert said.status == 2
+    assert "more L2 tables than the file has clusters" in said.out
+
+
+def test_what_is_told_of_many_findings_is_bounded_and_the_totals_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    peers.qemu_img("create", "-f", "qcow2", "-o", "cluster_size=512", path, "4M")
+    peers.qemu_io(path, *(f"write {offset} 512" for offset in range(0, 1 << 20, 1024)))
+    data = bytearray(path.read_bytes())
+    for place in range(0, len(data) - 8, 8):  # every copied flag of every entry goes
+        if data[place] == 0x80 and not any(data[place + 1 : place + 4]):
+            data[place] = 0
+    path.write_bytes(data)
+    _assert_agrees(path)
+    ours = cowslice("check", "--output=json", path).json
+    assert len(ours["cowslice"]["findings"]) == 256
+    assert ours["corruptions"] == 256 + ours["cowslice"]["findings-left-out"]
+
+
+def test_a_sparse_file_beyond_all_measure_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    peers.qemu_img("create", "-f", "qcow2", "-o", "cluster_size=512", path, "1M")
+    with path.open("r+b") as file:
+        file.truncate((1 << 31) * 512 + 512)
+    said = cowslice("check", path)
+    assert said.status == 1
+    assert "host clusters" in said.err
+
+
 def test_random_bytes_behind_a_magic_never_escape_as_a_foreign_exception(tmp_path: Path) -> None:
     chance = random.Random(5)
     path = tmp_path / "disk.qcow2"

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from cowslice.format.extensions import BitmapsPointer
     from cowslice.ops.tables import Tables
 
+# A bitmap of a 1 TiB disk takes 32 clusters: only a hostile image has so many.
+MAX_AREAS = 1 << 20
+
 
 def take_bitmaps(tables: Tables, pointer: BitmapsPointer) -> None:
     """Add the areas of all bitmaps; whatever is wrong with a bitmap is a fault of its own and hides no other."""
@@ -53,5 +56,8 @@ def _take_bitmap(tables: Tables, bitmap: Bitmap) -> None:
         except CorruptImage as error:
             tables.faults.append(f"entry {index} of {name}: {error}")
             continue
+        if len(tables.areas) >= MAX_AREAS:
+            tables.errors.append(f"{name} is not checked to its end: there are more than {MAX_AREAS} bitmap clusters")
+            return
         if kind is BitmapCluster.DATA:
             tables.areas.append(Area(offset, tables.geometry.cluster_size, f"the bits of {name}"))

@@ -11,19 +11,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from cowslice.errors import StorageError
+from cowslice.errors import StorageError, UnsupportedImage
 from cowslice.format.entries import COPIED, L1_OFFSET_MASK, L1_RESERVED_MASK
 from cowslice.format.limits import MAX_FINDINGS
 from cowslice.format.refcounts import REFTABLE_OFFSET_MASK, REFTABLE_RESERVED_MASK
 from cowslice.ops.l2rules import EntryRules, end_fault, judge_entry, start_cluster
 from cowslice.ops.refcheck import SATURATED, Tally
 from cowslice.ops.references import load_tables, place_fault, stored_count
-from cowslice.ops.tables import Area, L1Tree, Tables
+from cowslice.ops.tables import Area, L1Tree, Tables, most_tables
 from cowslice.storage.base import Storage
 from cowslice.units import SECTOR, MiB
 
 # Host clusters counted at once: 8 bytes each, so 128 MiB count 1 TiB of 64 KiB clusters in one pass.
 WINDOW = 1 << 24
+# QEMU checks no more either; each window of them is one pass.
+MAX_CLUSTERS = 1 << 31
 # Below this many bytes of L2 tables a second thread costs more than it saves, unless the storage is slow.
 WORTH_THREADS = 64 * MiB
 # Clusters whose owners are looked up after the count.
@@ -87,6 +89,9 @@ def check(storage: Storage, *, workers: int = 2, window: int = WINDOW, progress:
     Raises ImageError when the header does not allow a check, StorageError when nothing can be read.
     """
     tables = load_tables(storage)
+    if tables.clusters > MAX_CLUSTERS:
+        raise UnsupportedImage(f"'{storage.name}' has {tables.clusters} host clusters, more than the {MAX_CLUSTERS} "
+                               "that can be checked", features=("huge file",))
     run = _Run(tables, workers=workers, window=window, progress=progress)
     run.everything()
     return run.report
@@ -103,11 +108,12 @@ class _Run:
         # One more than the file has: a span may begin in the last, incomplete cluster and end behind it.
         self.universe = tables.clusters + 1
         self.window = window
-        self.jobs = [(tree, index, word) for tree in tables.trees for index, word in tree.tables()]
+        self._entries = sum(tree.entries for tree in tables.trees)
         self.workers = self._worth(workers)
         self._progress = progress
         self._done = 0
-        self._total = len(self.jobs) * -(-self.universe // window)
+        self._total = self._entries * -(-self.universe // window)
+        self._jobs_lock = threading.Lock()
         self.stopped = False
         self._lock = threading.Lock()
 
@@ -125,9 +131,10 @@ class _Run:
         self._name_claims()
 
     def _worth(self, workers: int) -> int:
-        size = len(self.jobs) << self.geometry.cluster_bits
+        tables = min(self._entries, self.tables.clusters)
         local = self.tables.storage.fileno() >= 0
-        return min(workers, len(self.jobs)) if size >= WORTH_THREADS or not local else 1
+        worth = tables << self.geometry.cluster_bits >= WORTH_THREADS or not local
+        return min(workers, max(tables, 1)) if worth else 1
 
     def _pass(self, tally: Tally) -> int:
         """Count into one window and compare it. Returns the highest cluster in use in it, or -1."""
@@ -190,7 +197,7 @@ class _Run:
 
     def _scan_tables(self, tally: Tally) -> None:
         """Count what all L2 tables refer to, in as many threads as are worth their while."""
-        jobs = iter(self.jobs)
+        jobs = self._jobs(tell=tally.first == 0)
         if self.workers == 1:
             _Scan(self, tally, shared=False).everything(jobs)
             return
@@ -210,11 +217,27 @@ class _Run:
 
     def next_job(self, jobs: Iterator[Job]) -> Job | None:
         """Hand out one L2 table; None when there are no more, or nobody waits for the result."""
-        with self._lock:
+        with self._jobs_lock:
+            job = None if self.stopped else next(jobs, None)
             if self._progress and not self.stopped:
-                self._progress(self._done, self._total)
-            self._done += 1
-            return None if self.stopped else next(jobs, None)
+                self._progress(self._done + (job[1] if job else 0), self._total)
+            return job
+
+    def _jobs(self, *, tell: bool) -> Iterator[Job]:
+        """Walk every L1 table. One with more L2 tables than the file could hold is left where that shows."""
+        for tree in self.tables.trees:
+            try:
+                for number, (index, word) in enumerate(tree.tables()):
+                    if number == most_tables(self.tables):
+                        if tell:
+                            self.corruption(f"the L1 table of {tree.owner} has more L2 tables than the file has "
+                                            "clusters; the rest of it is not checked")
+                        break
+                    yield tree, index, word
+            except StorageError as error:
+                if tell:
+                    self.error(str(error))
+            self._done += tree.entries
 
     def _count_refblocks(self, tally: Tally, *, tell: bool) -> None:
         """Count the refcount blocks last: each must be referenced once, by its table entry alone."""

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import islice
 
 from cowslice.errors import StorageError
 from cowslice.format.entries import L1_OFFSET_MASK
 from cowslice.format.refcounts import REFTABLE_OFFSET_MASK
 from cowslice.ops.refcheck import claims
-from cowslice.ops.tables import Tables
+from cowslice.ops.tables import Tables, most_tables
 
 MAX_OWNERS = 16  # told for one cluster; a hostile image may have billions
 
@@ -28,14 +30,12 @@ def claims_of(tables: Tables, wanted: Sequence[int]) -> dict[int, list[str]]:
     keys = array("Q", wanted)
     buffer = bytearray(tables.geometry.cluster_size)
     for tree in tables.trees:
-        for index, word in tree.tables():
-            offset = word & L1_OFFSET_MASK
-            _claim(tables, found, offset, 1, f"the L2 table {index} of {tree.owner}")
-            try:
+        with suppress(StorageError):
+            for index, word in islice(tree.tables(), most_tables(tables)):
+                offset = word & L1_OFFSET_MASK
+                _claim(tables, found, offset, 1, f"the L2 table {index} of {tree.owner}")
                 tables.storage.read_into(offset, buffer)
-            except StorageError:
-                continue
-            _claim_entries(tables, found, buffer, keys, index=index, owner=tree.owner)
+                _claim_entries(tables, found, buffer, keys, index=index, owner=tree.owner)
     return found
 
 

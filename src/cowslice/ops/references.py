@@ -88,12 +88,7 @@ def _take_tree(tables: Tables, owner: str, offset: int, entries: int) -> None:
     if not entries:
         return
     tables.areas.append(Area(offset, entries * 8, f"the L1 table of {owner}"))
-    try:
-        words = unpack_words(tables.storage.read(offset, entries * 8))
-    except StorageError as error:
-        tables.errors.append(str(error))
-        return
-    tables.trees.append(L1Tree(owner, owner == "active", offset, words))
+    tables.trees.append(L1Tree(tables.storage, owner, owner == "active", offset, entries))
 
 
 def _take_snapshots(tables: Tables) -> None:

@@ -70,7 +70,7 @@ def _place(tables: Tables, chance: random.Random) -> int:
     blocks = [word & ~0x1FF for word in tables.reftable if word]
     tree = chance.choice(tables.trees)
     kind = chance.choice(["refcount", "refcount", "l1", "reftable", "l2", "l2", "l2", "l2"])
-    l2 = [word & L1_OFFSET_MASK for word in tree.words if word]
+    l2 = [word & L1_OFFSET_MASK for _, word in tree.tables()]
     if kind == "refcount":
         used = max(1, tables.clusters * tables.geometry.refcount_bits // 8)
         return chance.choice(blocks) + chance.randrange(min(tables.geometry.cluster_size, used))
@@ -83,4 +83,4 @@ def _place(tables: Tables, chance: random.Random) -> int:
 
 
 def _l1_byte(tree: L1Tree, chance: random.Random) -> int:
-    return tree.offset + chance.randrange(8 * len(tree.words))
+    return tree.offset + chance.randrange(8 * tree.entries)
