@@ -1,7 +1,7 @@
 """cowslice: the qcow2 engine for Python.
 
-The public door. `open` gives an Image, `serve` gives images to NBD clients; everything else here is what an Image takes,
-gives or raises.
+The public door. `open` gives an Image, `serve` gives images to NBD clients; everything else here is what an Image
+takes, gives or raises.
 """
 
 from __future__ import annotations
