@@ -20,6 +20,7 @@ VERBS = {
     "check": "Find leaks and corruption; changes nothing.",
     "compare": "Tell whether two disks have the same content.",
     "convert": "Copy a disk into a raw file, or to standard output.",
+    "serve": "Give disks to NBD clients: virtual machines, nbdcopy, qemu-img.",
     "bench": "Measure how fast an image is read, beside QEMU.",
 }
 

@@ -1,4 +1,4 @@
-"""TLS for a server: certificates in the directory layout of QEMU, or pre-shared keys, as an SSLContext.
+"""TLS for both sides: certificates in the directory layout of QEMU, or pre-shared keys, as an SSLContext.
 
 It opens no socket. What must hold: with `verify_peer`, the default, nobody gets past the handshake without a
 certificate that our authority signed; nothing older than TLS 1.2 is spoken.
@@ -14,7 +14,8 @@ from typing import Any
 
 from cowslice.errors import BadOption, CryptoError
 
-CA, CERTIFICATE, KEY, REVOKED, PSK = "ca-cert.pem", "server-cert.pem", "server-key.pem", "ca-crl.pem", "keys.psk"
+CA, REVOKED, PSK = "ca-cert.pem", "ca-crl.pem", "keys.psk"
+SERVER, CLIENT = ("server-cert.pem", "server-key.pem"), ("client-cert.pem", "client-key.pem")
 MAX_KEY_FILE = 1 << 20
 MIN_PSK = 16  # bytes; what gnutls' psktool makes has 32
 HAS_PSK = hasattr(ssl.SSLContext, "set_psk_server_callback")
@@ -50,29 +51,58 @@ def server_context(credentials: Credentials) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
     if isinstance(credentials, Certificates):
-        _load_certificates(context, credentials)
+        place = Path(credentials.directory)
+        _load_own(context, place, *SERVER)
+        _load_authority(context, place)
+        context.verify_mode = ssl.CERT_REQUIRED if credentials.verify_peer else ssl.CERT_NONE
     else:
         _load_keys(context, credentials)
     return context
 
 
-def _load_certificates(context: ssl.SSLContext, credentials: Certificates) -> None:
+def client_context(credentials: Credentials) -> ssl.SSLContext:
+    """Load what a client needs: ca-cert.pem, and client-cert.pem with client-key.pem where they are.
+
+    `verify_peer` asks the server for a certificate that the authority signed for its name. Raises as `server_context`.
+    """
+    if not isinstance(credentials, Certificates):
+        raise BadOption("a client with pre-shared keys is not supported, expected certificates")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
     place = Path(credentials.directory)
-    certificate, key, authority = (_there(place / name) for name in (CERTIFICATE, KEY, CA))
+    if (place / CLIENT[0]).exists():
+        _load_own(context, place, *CLIENT)
+    _load_authority(context, place)
+    if not credentials.verify_peer:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _load_own(context: ssl.SSLContext, place: Path, certificate: str, key: str) -> None:
     try:
-        context.load_cert_chain(certificate, key, password=_no_password)
-        context.load_verify_locations(authority)
+        context.load_cert_chain(_there(place / certificate), _there(place / key), password=_no_password)
+    except (OSError, ValueError) as fault:
+        raise _unusable(place / certificate, fault) from None
+
+
+def _load_authority(context: ssl.SSLContext, place: Path) -> None:
+    try:
+        context.load_verify_locations(_there(place / CA))
         if (place / REVOKED).exists():
             context.load_verify_locations(place / REVOKED)
             context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise CryptoError(f"the certificates in '{place}' cannot be used: {reason}") from None
-    context.verify_mode = ssl.CERT_REQUIRED if credentials.verify_peer else ssl.CERT_NONE
+    except (OSError, ValueError) as fault:
+        raise _unusable(place / CA, fault) from None
+
+
+def _unusable(path: Path, fault: Exception) -> CryptoError:
+    reason = getattr(fault, "reason", None) or getattr(fault, "strerror", None) or fault
+    return CryptoError(f"the certificate '{path}' or its key cannot be used: {reason}")
 
 
 def _no_password() -> str:
-    raise ValueError(f"{KEY} is encrypted, expected a key without a password")
+    raise ValueError("the key is encrypted, expected one without a password")
 
 
 def _load_keys(context: ssl.SSLContext, credentials: PresharedKeys) -> None:

@@ -1,0 +1,192 @@
+"""From the words of `cowslice serve` to what a server is made of: addresses, credentials, exports.
+
+It starts nothing. A bad word is a BadOption or a click.UsageError.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from cowslice.cli.images import open_image
+from cowslice.cli.options import Given, parse_keyval
+from cowslice.errors import BadOption
+
+if TYPE_CHECKING:
+    from cowslice.image.image import Image
+    from cowslice.serve.exports import Export
+    from cowslice.serve.tls import Credentials
+
+MOST_SNAPSHOTS = 1000  # each one is an open image of its own
+TLS_OBJECTS = ("tls-creds-x509", "tls-creds-psk")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """The command line, one field for each flag."""
+
+    unix: str | None
+    port: int | None
+    host: str | None
+    max_clients: int
+    persistent: bool
+    name: str | None
+    description: str
+    read_only: bool
+    writable: bool
+    snapshot: str | None
+    all_snapshots: bool
+    allocation_depth: bool
+    bitmaps: tuple[str, ...]
+    cache_mode: str
+    nocache: bool
+    tls_creds: str | None
+    tls_hostname: str | None
+    handshake_limit: float
+    idle_timeout: float
+    max_request: str
+    max_in_flight: int
+    max_in_flight_bytes: str
+    fork: bool
+    pid_file: str | None
+    listing: bool
+    verbose: bool
+    format_name: str | None
+    image_opts: bool
+    objects: tuple[str, ...]
+    force_share: bool
+    quiet: bool
+    allowed: tuple[str, ...]
+    allow_any: bool
+
+
+def address(wanted: Wanted, *, any_host: str) -> str | tuple[str, int]:
+    """The path of the Unix socket, or (host, port) where -b or -p or nothing was said."""
+    from cowslice.serve.listeners import DEFAULT_PORT
+
+    if wanted.unix is not None:
+        if wanted.host is not None or wanted.port is not None:
+            raise click.UsageError("-k excludes -b and -p: a server listens in one place")
+        return wanted.unix
+    return wanted.host or any_host, DEFAULT_PORT if wanted.port is None else wanted.port
+
+
+def secrets(objects: tuple[str, ...]) -> tuple[str, ...]:
+    """The objects that hold passphrases of images."""
+    return tuple(text for text in objects if text.partition(",")[0] not in TLS_OBJECTS)
+
+
+def credentials(wanted: str, objects: tuple[str, ...], *, endpoint: str) -> Credentials:
+    """What --tls-creds means: the object with this id, else a directory of certificates. Raises BadOption."""
+    from cowslice.serve.tls import Certificates
+
+    for text in objects:
+        kind, _, rest = text.partition(",")
+        if kind in TLS_OBJECTS:
+            fields = parse_keyval(rest, "--object")
+            if fields.pop("id", None) == wanted:
+                return _of_object(kind, fields, endpoint)
+    if not os.path.isdir(wanted):
+        raise BadOption(f"--tls-creds is '{wanted}', expected the id of an --object tls-creds-x509 or a directory",
+                        hint=f"Add --object tls-creds-x509,id={wanted},endpoint={endpoint},dir=PATH.")
+    return Certificates(wanted)
+
+
+def _of_object(kind: str, fields: dict[str, str], endpoint: str) -> Credentials:
+    from cowslice.serve.tls import Certificates, PresharedKeys
+
+    place = fields.pop("dir", None)
+    if not place:
+        raise BadOption(f"--object {kind} needs dir=PATH")
+    side = fields.pop("endpoint", endpoint)
+    if side != endpoint:
+        raise BadOption(f"--object {kind} has endpoint={side}, expected {endpoint}")
+    verify = fields.pop("verify-peer", "on")
+    if verify not in ("on", "off", "yes", "no", "true", "false"):
+        raise BadOption(f"--object {kind} has verify-peer={verify}, expected on or off")
+    if fields:
+        raise BadOption(f"--object {kind} has '{next(iter(fields))}', expected id, endpoint, dir or verify-peer")
+    if kind == "tls-creds-psk":
+        return PresharedKeys(place)
+    return Certificates(place, verify_peer=verify in ("on", "yes", "true"))
+
+
+def open_exports(images: tuple[str, ...], wanted: Wanted, given: Given, stack: ExitStack) -> list[Export]:
+    """Open every image, and every snapshot that is wanted, as exports. `stack` closes the images."""
+    named = _named(images, wanted)
+    _refuse_contradictions(named, wanted)
+    exports: list[Export] = []
+    for name, image in named:
+        disk = stack.enter_context(open_image(image, given, snapshot=_snapshot(wanted.snapshot)))
+        exports.append(_export(disk, name, wanted, bitmaps=wanted.bitmaps))
+        if wanted.all_snapshots:
+            exports += [
+                _export(stack.enter_context(open_image(image, given, snapshot=snapshot)), called, wanted, bitmaps=())
+                for snapshot, called in _snapshots(disk, name)
+            ]
+    return exports
+
+
+def _named(images: tuple[str, ...], wanted: Wanted) -> list[tuple[str, str]]:
+    """(name of the export, image) of each argument."""
+    if wanted.image_opts:
+        if len(images) > 1:
+            raise click.UsageError("--image-opts describes one image, expected no more")
+        return [(wanted.name or "", images[0])]
+    named = []
+    for text in images:
+        name, equals, path = text.partition("=")
+        has_name = equals and "/" not in name
+        named.append((name, path) if has_name else (wanted.name or "", text))
+        if has_name and wanted.name is not None:
+            raise click.UsageError(f"-x and '{name}=' both name the export: write one of them")
+    if len({name for name, _ in named}) < len(named):
+        raise click.UsageError("several images need different names: NAME=IMAGE")
+    return named
+
+
+def _refuse_contradictions(named: list[tuple[str, str]], wanted: Wanted) -> None:
+    if len(named) > 1 and (wanted.snapshot is not None or wanted.bitmaps or wanted.description):
+        raise click.UsageError("-l, -B and -D are for one image, but several are given")
+    if wanted.snapshot is not None and (wanted.bitmaps or wanted.all_snapshots):
+        raise click.UsageError("-l excludes -B and --all-snapshots: bitmaps belong to the disk as it is now")
+    if wanted.tls_hostname is not None:
+        raise click.UsageError("--tls-hostname goes with -L only")
+
+
+def _export(disk: Image, name: str, wanted: Wanted, *, bitmaps: tuple[str, ...]) -> Export:
+    from cowslice.serve.exports import Export
+    from cowslice.units import parse_size
+
+    return Export(disk, name, description=wanted.description, allocation_depth=wanted.allocation_depth,
+                  bitmaps=bitmaps, multi_conn=wanted.max_clients != 1,
+                  max_request=parse_size(wanted.max_request, "--max-request"))
+
+
+def _snapshots(disk: Image, name: str) -> list[tuple[str, str]]:
+    """(id, export name) of each internal snapshot; by its name where that can be said and is the first such."""
+    if len(disk.snapshots) > MOST_SNAPSHOTS:
+        raise BadOption(f"'{disk.path}' has {len(disk.snapshots)} snapshots, expected up to {MOST_SNAPSHOTS} with "
+                        "--all-snapshots", hint="Serve the one you want with -l.")
+    found: dict[str, str] = {}
+    for snapshot in disk.snapshots:
+        number = os.fsdecode(snapshot.id)
+        called = snapshot.name.decode("utf-8", "replace")
+        if not called or "\ufffd" in called or "\0" in called or called in found:
+            called = number
+        found.setdefault(called, number)
+    return [(number, f"{name}@{called}") for called, number in found.items()]
+
+
+def _snapshot(text: str | None) -> str | None:
+    """The id or name: plain, or behind snapshot.id= or snapshot.name=."""
+    if text is None:
+        return None
+    for prefix in ("snapshot.id=", "snapshot.name="):
+        if text.startswith(prefix):
+            return text[len(prefix) :]
+    return text
