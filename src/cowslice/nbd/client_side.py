@@ -76,7 +76,7 @@ class ClientTransmission:
 
     def read(self, offset: int, target: memoryview, *, df: bool = False) -> int:
         """Fill a buffer from the export at `offset`. It belongs to us until the request is completed."""
-        view = target.cast("B") if target.format != "B" or target.ndim != 1 else target
+        view = _as_bytes(target)
         if view.readonly:
             raise LocalProtocolError("the buffer of a read cannot be written to")
         request = self._request(Command.READ, offset, view.nbytes, CommandFlag.DF if df else 0)
@@ -84,7 +84,7 @@ class ClientTransmission:
 
     def write(self, offset: int, data: Bytes, *, fua: bool = False) -> int:
         """Write a buffer to the export at `offset`. It must not change until it was sent."""
-        payload = memoryview(data).cast("B")
+        payload = _as_bytes(memoryview(data))
         request = self._request(Command.WRITE, offset, payload.nbytes, CommandFlag.FUA if fua else 0)
         return self._send(request, payload=payload)
 
@@ -350,6 +350,13 @@ class ClientTransmission:
     def _break(self, reason: str) -> RemoteProtocolError:
         self._broken = f"the server broke the NBD protocol: {reason}"
         return RemoteProtocolError(self._broken)
+
+
+def _as_bytes(buffer: memoryview) -> memoryview:
+    """The same memory as plain bytes."""
+    if not buffer.c_contiguous:
+        raise LocalProtocolError("a buffer has gaps, expected contiguous memory")
+    return buffer.cast("B")
 
 
 def _zero(target: memoryview) -> None:
