@@ -3,19 +3,10 @@
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from cowslice.cache.directory cimport Directory, Leaf, Slice
+from cowslice.cache.pthread cimport pthread_cond_t, pthread_mutex_t
 from cowslice.cache.policy cimport Policy
 
 cimport cython
-
-cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_mutex_t:
-        pass
-    ctypedef struct pthread_cond_t:
-        pass
-    int pthread_mutex_lock(pthread_mutex_t *)
-    int pthread_mutex_unlock(pthread_mutex_t *)
-    int pthread_cond_wait(pthread_cond_t *, pthread_mutex_t *)
-    int pthread_cond_broadcast(pthread_cond_t *)
 
 cdef struct Counters:
     uint64_t hits

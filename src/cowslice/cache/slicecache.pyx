@@ -9,18 +9,14 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 
 from cowslice.cache.directory cimport ABSENT, INLINE, LEAF_WORDS, PACKED, STATE, Directory, Leaf, Slice, charged, slice_of
+from cowslice.cache.pthread cimport (
+    pthread_cond_destroy, pthread_cond_init, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock)
 from cowslice.cache.policy cimport USED, Node, Policy, make_policy
 
 from cowslice.cache.forms import FORMS
 from cowslice.errors import BadOption
 
 cimport cython
-
-cdef extern from "<pthread.h>" nogil:
-    int pthread_mutex_init(pthread_mutex_t *, void *)
-    int pthread_mutex_destroy(pthread_mutex_t *)
-    int pthread_cond_init(pthread_cond_t *, void *)
-    int pthread_cond_destroy(pthread_cond_t *)
 
 cdef extern from "<malloc.h>" nogil:
     int malloc_trim(size_t)

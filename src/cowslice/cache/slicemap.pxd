@@ -5,7 +5,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from cowslice.cache.directory cimport Leaf, Slice
 from cowslice.cache.forms cimport Mapped
 from cowslice.cache.policy cimport Arrival
-from cowslice.cache.slicecache cimport SliceCache, pthread_mutex_t
+from cowslice.cache.slicecache cimport SliceCache
 
 cimport cython
 

@@ -15,8 +15,8 @@ from cowslice.cache.directory cimport (
     ABSENT, INLINE, LEAF_WORDS, LOADING, PACKED, STATE, Leaf, Slice, inline_word, make_slice, read_inline, read_slice, slice_of)
 from cowslice.cache.forms cimport OFFSET, Mapped, bswap64, trailing_zeros
 from cowslice.cache.policy cimport AHEAD, DEMANDED, USED, WARMED
-from cowslice.cache.slicecache cimport (
-    Counters, SliceCache, pthread_cond_broadcast, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock)
+from cowslice.cache.pthread cimport pthread_cond_broadcast, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock
+from cowslice.cache.slicecache cimport Counters, SliceCache
 
 from cowslice.cache import slicecache
 from cowslice.errors import BadOption, CorruptImage, InternalError, StorageError

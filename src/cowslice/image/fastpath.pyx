@@ -12,7 +12,8 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memset
 
 from cowslice.cache.packing cimport Mapped
-from cowslice.cache.slicemap cimport FOUND, SliceMap, pthread_mutex_t
+from cowslice.cache.pthread cimport pthread_mutex_lock, pthread_mutex_unlock
+from cowslice.cache.slicemap cimport FOUND, SliceMap
 from cowslice.image.hostread cimport IN_MEMORY, File, manner_of, read_host
 
 import threading
@@ -21,10 +22,6 @@ from cowslice.errors import Closed, OutOfRange, RequestError
 
 cdef extern from "<unistd.h>" nogil:
     int usleep(unsigned int)
-
-cdef extern from "<pthread.h>" nogil:
-    int pthread_mutex_lock(pthread_mutex_t *)
-    int pthread_mutex_unlock(pthread_mutex_t *)
 
 cdef extern from *:
     int trailing_zeros "__builtin_ctzll"(uint64_t) noexcept nogil

@@ -1,0 +1,499 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""The compiled transmission of one NBD connection: every request that one `recv` brings, answered by one `send`.
+
+It answers plain reads; all else is handed over to Python, which knows commands, contexts and errors. It does not know the
+handshake nor who listens. What must hold: no lock is kept across I/O on an image, a reply is sent whole, and a client
+that stalls, vanishes or lies costs nobody but itself.
+
+What would wait for a device goes to workers of this connection, threads without the GIL, made when first needed.
+"""
+
+from libc.errno cimport EINTR, errno
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memcpy, memmove, memset
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+from cowslice.cache.pthread cimport (
+    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_signal, pthread_cond_wait, pthread_mutex_destroy,
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock)
+from cowslice.image.fastpath cimport FastPath, Target
+from cowslice.image.hostread cimport read_at_once
+from cowslice.serve.nbd_frames cimport (
+    DISC, DONT_FRAGMENT, EXTENDED, FUA, PAYLOAD_LEN, READ, REPLY_DONE, SIMPLE, WRITE, Arena, Ask, decode_request, put_data, put_hole,
+    reserve)
+from cowslice.serve.nbd_tally cimport Tally, count_reads, describe
+
+import os
+import socket
+import struct
+import threading
+
+from cowslice.errors import Closed
+
+cdef extern from "<sys/socket.h>" nogil:
+    int MSG_NOSIGNAL
+    int SHUT_RD
+    int SHUT_RDWR
+    ssize_t recv(int fd, void *buffer, size_t size, int flags)
+    ssize_t send(int fd, const void *buffer, size_t size, int flags)
+    int shutdown(int fd, int how)
+
+cdef enum:
+    ROOM = 256 << 10            # bytes that one recv may bring
+    ARENA = 1 << 20             # bytes of replies put together before they are sent
+    LEAST_HOLE = 4096           # a shorter hole costs more as a chunk of its own than as zeros
+    MOST_WORKERS = 16           # threads of one connection that may wait for a device
+
+# Why a transmission ended: places in ENDS.
+cdef enum:
+    GOES_ON, DISCONNECTED, VANISHED, GARBAGE, IDLE, BROKEN, STOPPED, NO_MEMORY, FAULT
+
+ENDS = ("", "disconnected", "vanished", "garbage", "idle", "broken", "stopped", "no memory", "fault")
+
+
+cdef inline uint64_t now_ns() noexcept nogil:
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return <uint64_t> t.tv_sec * 1_000_000_000 + t.tv_nsec
+
+
+cdef class Loop:
+    """One connection after its handshake.
+
+    `descriptor` is the connected socket, which stays the caller's; `fast` the disk; `mode` 0, 1 or 2 for simple, structured or
+    extended replies; `size`, `max_request` and `most_bytes` are bytes, `idle` seconds without a request, 0 for ever.
+    `handover(command, flags, cookie, offset, length, payload)` is called, with the GIL, in some thread of this connection for
+    every request that is no plain read; each is ended by exactly one `finish(length)`, and answered through `reply`.
+    """
+
+    def __cinit__(self, int descriptor, FastPath fast not None, *, int mode, uint64_t size, uint64_t max_request=32 << 20,
+                  uint32_t most_requests=64, uint64_t most_bytes=64 << 20, double idle=0.0, handover):
+        pthread_mutex_init(&self.sending, NULL)
+        pthread_mutex_init(&self.lock, NULL)
+        pthread_cond_init(&self.settled, NULL)
+        pthread_cond_init(&self.work, NULL)
+        self.fd = descriptor
+        self.fast = fast
+        self.mode = mode
+        self.size = size
+        self.max_request = max_request
+        self.most_requests = most_requests
+        self.most_bytes = most_bytes
+        self.handover = handover
+        self.threads = []
+        self.idle_ms = <int> (idle * 1000)
+
+    def __dealloc__(self):
+        free(self.incoming)
+        free(self.out.bytes)
+        pthread_mutex_destroy(&self.sending)
+        pthread_mutex_destroy(&self.lock)
+        pthread_cond_destroy(&self.settled)
+        pthread_cond_destroy(&self.work)
+
+    def run(self, bytes leftover not None=b""):
+        """Serve until the connection ends; `leftover` came behind the handshake. Returns why it ended, one of ENDS."""
+        cdef int end
+        if self.fast.closed:
+            raise Closed("the image is closed")
+        self.prepare(leftover)
+        self.fast.active += 1
+        try:
+            with nogil:
+                end = self.serve()
+                self.wait_for_rest()
+            for thread in self.threads:
+                thread.join()
+        finally:
+            self.fast.active -= 1
+        return ENDS[end]
+
+    cdef prepare(self, bytes leftover):
+        if not self.make_space(max(<uint64_t> len(leftover), ROOM)):
+            raise MemoryError("no memory for an NBD connection")
+        memcpy(self.incoming, <const uint8_t *> leftover, len(leftover))
+        self.have = len(leftover)
+        os.set_blocking(self.fd, True)
+        with socket.socket(fileno=os.dup(self.fd)) as same:
+            same.setblocking(True)
+            same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO,
+                            struct.pack("ll", self.idle_ms // 1000, self.idle_ms % 1000 * 1000))
+
+    cdef void wait_for_rest(self) noexcept nogil:
+        """Until all that was handed over is finished; then the workers go home."""
+        pthread_mutex_lock(&self.lock)
+        while self.pending:
+            pthread_cond_wait(&self.settled, &self.lock)
+        self.leaving = True
+        pthread_cond_broadcast(&self.work)
+        pthread_mutex_unlock(&self.lock)
+
+    def reply(self, *parts):
+        """Send the parts as one message; False when the connection cannot take it any more. Any thread may call."""
+        message = parts[0] if len(parts) == 1 else b"".join(parts)
+        cdef const uint8_t[::1] view = message
+        cdef bint sent
+        if view.shape[0] == 0:
+            return not self.broken
+        with nogil:
+            sent = self.send_all(&view[0], view.shape[0])
+        return sent
+
+    def finish(self, uint64_t length):
+        """A request of that length, handed over before, needs nothing more."""
+        with nogil:
+            self.settle(length)
+
+    def stop(self):
+        """Take no more requests; `run` returns once those that arrived are answered."""
+        self.stopping = True
+        shutdown(self.fd, SHUT_RD)
+
+    def abandon(self):
+        """Cut the connection: whoever waits to send gives up."""
+        self.stopping = True
+        shutdown(self.fd, SHUT_RDWR)
+
+    def counters(self):
+        """What was answered here, as a dict: reads, bytes, handed_over, sends, latency_seconds, latencies, heat."""
+        pthread_mutex_lock(&self.lock)
+        cdef Tally t = self.tally
+        pthread_mutex_unlock(&self.lock)
+        return describe(&t)
+
+    # -- bytes in ---------------------------------------------------------------------------------------------------
+
+    cdef int serve(self) noexcept nogil:
+        cdef int end = GOES_ON
+        while end == GOES_ON:
+            end = self.parse()
+            if not self.flush():
+                return BROKEN
+            if end == GOES_ON:
+                end = self.receive()
+        return end
+
+    cdef bint make_space(self, uint64_t wanted) noexcept nogil:
+        """Let `wanted` bytes fit from the first unread one on."""
+        cdef uint8_t *grown
+        if self.start:
+            memmove(self.incoming, self.incoming + self.start, self.have)
+            self.start = 0
+        if wanted <= self.room:
+            return True
+        grown = <uint8_t *> realloc(self.incoming, wanted)
+        if grown == NULL:
+            return False
+        self.incoming = grown
+        self.room = wanted
+        return True
+
+    cdef int receive(self) noexcept nogil:
+        cdef ssize_t got
+        if self.have == 0:
+            self.start = 0
+        elif self.room - self.start - self.have < 4096 and not self.make_space(self.room):
+            return NO_MEMORY
+        while True:
+            got = recv(self.fd, self.incoming + self.start + self.have, self.room - self.start - self.have, 0)
+            if got > 0:
+                self.have += got
+                return GOES_ON
+            if got == 0:
+                return STOPPED if self.stopping else VANISHED
+            if errno != EINTR:
+                return IDLE if self.idle_ms else BROKEN
+
+    cdef int parse(self) noexcept nogil:
+        """Answer every request that is here whole."""
+        cdef Ask asks[BATCH]
+        cdef Ask *ask
+        cdef uint32_t count = 0
+        cdef uint64_t size = 0, head = 32 if self.mode == EXTENDED else 28
+        cdef uint64_t arrived = now_ns()
+        cdef int end
+        while True:
+            ask = &asks[count]
+            end = self.take_one(ask, &size)
+            if size == 0 or end != GOES_ON:
+                break
+            ask.arrived = arrived
+            if self.plain(ask):
+                count += 1
+            elif not self.pass_on(ask, self.incoming + self.start + head, size - head):
+                end = FAULT
+            self.start += size
+            self.have -= size
+            if count == BATCH:
+                if not self.answer_batch(asks, count):
+                    return BROKEN
+                count = 0
+            if end != GOES_ON:
+                break
+        if count and not self.answer_batch(asks, count):
+            return BROKEN
+        return end
+
+    cdef int take_one(self, Ask *ask, uint64_t *size) noexcept nogil:
+        """Decode the request at the front. `size` is what it takes with its payload, 0 while it is not whole."""
+        cdef const uint8_t *p = self.incoming + self.start
+        cdef uint64_t head = 32 if self.mode == EXTENDED else 28
+        size[0] = 0
+        if self.have < head:
+            return GOES_ON
+        if not decode_request(self.mode, p, ask):
+            return GARBAGE
+        if ask.command == DISC:
+            return DISCONNECTED
+        if ask.command == WRITE or (self.mode == EXTENDED and ask.flags & PAYLOAD_LEN):
+            if ask.length > self.max_request:
+                return GARBAGE  # where the next request begins can only be told by reading all of it
+            head += ask.length
+        if self.have < head:
+            return GOES_ON if head <= self.room - self.start or self.make_space(head) else NO_MEMORY
+        size[0] = head
+        return GOES_ON
+
+    cdef bint plain(self, const Ask *ask) noexcept nogil:
+        """A read that needs no word of Python: inside the disk, of a size that was agreed on, without odd flags."""
+        cdef uint16_t known = FUA if self.mode == SIMPLE else FUA | DONT_FRAGMENT
+        if ask.command != READ or ask.flags & ~known:
+            return False
+        return 0 < ask.length <= self.max_request and ask.length <= self.size and ask.offset <= self.size - ask.length
+
+    # -- answers ----------------------------------------------------------------------------------------------------
+
+    cdef bint answer_batch(self, Ask *asks, uint32_t count) noexcept nogil:
+        """Translate what is resident under one lock, then read. False: the connection is broken."""
+        cdef Target targets[BATCH]
+        cdef uint32_t i
+        self.locate_batch(asks, count, targets)
+        for i in range(count):
+            if self.out.used and self.out.used + asks[i].length + 64 > ARENA and not self.flush():
+                return False
+            if self.answer(&asks[i], &targets[i], &self.out):
+                continue
+            if self.fast.in_memory and self.answer_slowly(&asks[i], &self.out):
+                continue
+            if self.fast.in_memory:
+                if not self.pass_on(&asks[i], NULL, 0):
+                    return False
+            elif not self.enqueue(&asks[i]):
+                return False
+        pthread_mutex_lock(&self.lock)
+        count_reads(&self.tally, self.size, asks, count, now_ns())
+        pthread_mutex_unlock(&self.lock)
+        return True
+
+    cdef void locate_batch(self, const Ask *asks, uint32_t count, Target *targets) noexcept nogil:
+        cdef uint32_t i
+        if self.fast.maps_count:
+            pthread_mutex_lock(&self.fast.cache.lock)
+        for i in range(count):
+            if not self.fast.locate(asks[i].offset, asks[i].length, True, &targets[i]):
+                targets[i].length = 0
+        if self.fast.maps_count:
+            pthread_mutex_unlock(&self.fast.cache.lock)
+
+    cdef bint answer(self, const Ask *ask, const Target *target, Arena *out) noexcept nogil:
+        """A read that lies in one piece and needs no waiting; False for any other."""
+        cdef uint64_t before = out.used
+        cdef uint8_t *data
+        if target.length < ask.length:
+            return False
+        if target.layer == NULL and self.mode != SIMPLE and not ask.flags & DONT_FRAGMENT and ask.length >= LEAST_HOLE:
+            return put_hole(self.mode, out, ask, ask.offset, ask.length, REPLY_DONE)
+        if not reserve(out, 64 + ask.length):
+            return False
+        data = put_data(self.mode, out, ask, ask.offset, ask.length, REPLY_DONE)
+        if target.layer == NULL:
+            memset(data, 0, ask.length)
+        elif not read_at_once(&target.layer.file, data, ask.length, target.host):
+            out.used = before
+            return False
+        return True
+
+    cdef bint answer_slowly(self, const Ask *ask, Arena *out) noexcept nogil:
+        """Any plain read, piece by piece, loading what is not resident. False, and nothing in the arena, where Python must help."""
+        cdef uint64_t before = out.used
+        cdef uint8_t *data
+        if not reserve(out, 64 + ask.length):
+            return False
+        if self.mode != SIMPLE and not ask.flags & DONT_FRAGMENT:
+            if self.answer_in_chunks(ask, out):
+                return True
+        else:
+            data = put_data(self.mode, out, ask, ask.offset, ask.length, REPLY_DONE)
+            if self.fast.read_span(ask.offset, data, ask.length) == ask.length:
+                return True
+        out.used = before
+        return False
+
+    cdef bint answer_in_chunks(self, const Ask *ask, Arena *out) noexcept nogil:
+        """One chunk for each stretch of data and each hole worth it."""
+        cdef uint64_t done = 0, stretch
+        cdef uint16_t flags
+        cdef uint8_t *data
+        cdef bint hole
+        while done < ask.length:
+            if not self.stretch_at(ask.offset + done, ask.length - done, &stretch, &hole):
+                return False
+            flags = REPLY_DONE if done + stretch == ask.length else 0
+            if hole:
+                if not put_hole(self.mode, out, ask, ask.offset + done, stretch, flags):
+                    return False
+            else:
+                if not reserve(out, 64 + stretch):
+                    return False
+                data = put_data(self.mode, out, ask, ask.offset + done, stretch, flags)
+                if self.fast.read_span(ask.offset + done, data, stretch) < stretch:
+                    return False
+            done += stretch
+        return True
+
+    cdef bint stretch_at(self, uint64_t offset, uint64_t want, uint64_t *length, bint *hole) noexcept nogil:
+        """How far from `offset` it is all data (short holes included), or all one hole worth a chunk."""
+        cdef Target target
+        length[0] = 0
+        hole[0] = False
+        while length[0] < want:
+            if not self.fast.locate(offset + length[0], want - length[0], False, &target):
+                return False
+            if target.layer == NULL and target.length >= LEAST_HOLE:
+                if length[0] == 0:
+                    hole[0] = True
+                    length[0] = target.length
+                return True
+            length[0] += target.length
+        return True
+
+    cdef bint send_all(self, const uint8_t *data, uint64_t size) noexcept nogil:
+        """Send one whole message or several; nobody's bytes come between."""
+        cdef uint64_t done = 0
+        cdef ssize_t sent
+        pthread_mutex_lock(&self.sending)
+        while done < size and not self.broken:
+            sent = send(self.fd, data + done, size - done, MSG_NOSIGNAL)
+            if sent >= 0:
+                done += sent
+            elif errno != EINTR:
+                self.broken = True
+        pthread_mutex_unlock(&self.sending)
+        return done == size
+
+    cdef bint flush(self) noexcept nogil:
+        cdef bint sent = True
+        if self.out.used:
+            sent = self.send_all(self.out.bytes, self.out.used)
+            self.tally.sends += 1
+        self.out.used = 0
+        if self.out.room > 4 * ARENA:
+            free(self.out.bytes)
+            self.out.bytes = NULL
+            self.out.room = 0
+        return sent and not self.broken
+
+    # -- what does not go at once -----------------------------------------------------------------------------------
+
+    cdef void admit(self, uint64_t length) noexcept nogil:
+        """Count a request in, once those before it have left room: this is what slows a flood down to our pace."""
+        pthread_mutex_lock(&self.lock)
+        while self.pending and (self.pending >= self.most_requests or self.pending_bytes + length > self.most_bytes):
+            pthread_cond_wait(&self.settled, &self.lock)
+        self.pending += 1
+        self.pending_bytes += length
+        pthread_mutex_unlock(&self.lock)
+
+    cdef void settle(self, uint64_t length) noexcept nogil:
+        pthread_mutex_lock(&self.lock)
+        self.pending -= 1
+        self.pending_bytes -= length
+        pthread_cond_broadcast(&self.settled)
+        pthread_mutex_unlock(&self.lock)
+
+    cdef bint pass_on(self, const Ask *ask, const uint8_t *payload, uint64_t payload_size) noexcept nogil:
+        """Hand a request over to Python, after sending what is ready: it may be long until the next send."""
+        if not self.flush():
+            return False
+        self.admit(ask.length)
+        return self.tell(ask, payload, payload_size)
+
+    cdef bint tell(self, const Ask *ask, const uint8_t *payload, uint64_t payload_size) noexcept with gil:
+        self.tally.handed_over += 1
+        try:
+            self.handover(ask.command, ask.flags, ask.cookie, ask.offset, ask.length, payload[:payload_size])
+            return True
+        except BaseException as fault:
+            # The thread that serves has no caller to raise to: it ends the connection, and `fault` says why.
+            self.fault = fault
+            self.settle(ask.length)
+            return False
+
+    cdef bint enqueue(self, const Ask *ask) noexcept nogil:
+        """Leave a read to the workers, of whom there is one more while all are busy."""
+        cdef Job *job = <Job *> malloc(sizeof(Job))
+        cdef bint short_handed
+        if job == NULL or not self.flush():
+            free(job)
+            return False
+        self.admit(ask.length)
+        job.ask = ask[0]
+        job.next = NULL
+        pthread_mutex_lock(&self.lock)
+        if self.last == NULL:
+            self.first = job
+        else:
+            self.last.next = job
+        self.last = job
+        self.queued += 1
+        short_handed = self.queued > self.idle_workers and self.workers < MOST_WORKERS
+        pthread_cond_signal(&self.work)
+        pthread_mutex_unlock(&self.lock)
+        return not short_handed or self.hire()
+
+    cdef bint hire(self) noexcept with gil:
+        try:
+            thread = threading.Thread(target=self._toil, name="cowslice-nbd-worker", daemon=True)
+            thread.start()
+        except RuntimeError as fault:
+            self.fault = fault
+            return self.workers > 0  # those that are there will do
+        self.threads.append(thread)
+        self.workers += 1
+        return True
+
+    def _toil(self):
+        with nogil:
+            self.toil()
+
+    cdef void toil(self) noexcept nogil:
+        cdef Job *job
+        while True:
+            pthread_mutex_lock(&self.lock)
+            while self.first == NULL and not self.leaving:
+                self.idle_workers += 1
+                pthread_cond_wait(&self.work, &self.lock)
+                self.idle_workers -= 1
+            job = self.first
+            if job != NULL:
+                self.first = job.next
+                self.last = NULL if job.next == NULL else self.last
+                self.queued -= 1
+            pthread_mutex_unlock(&self.lock)
+            if job == NULL:
+                return
+            self.do_job(job)
+            free(job)
+
+    cdef void do_job(self, Job *job) noexcept nogil:
+        cdef Arena own
+        memset(&own, 0, sizeof(Arena))
+        own.bytes = <uint8_t *> malloc(job.ask.length + 256)
+        own.room = job.ask.length + 256 if own.bytes != NULL else 0
+        if self.answer_slowly(&job.ask, &own):
+            self.send_all(own.bytes, own.used)
+            self.settle(job.ask.length)
+        elif not self.tell(&job.ask, NULL, 0):
+            self.broken = True
+        free(own.bytes)

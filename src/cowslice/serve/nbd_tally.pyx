@@ -1,0 +1,35 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""Counts of the reads that compiled code answers: how many, how large, how long they took, where on the disk.
+
+It takes no lock and reads no clock: the caller does both.
+"""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from cowslice.serve.nbd_frames cimport Ask
+
+cdef extern from *:
+    int leading_zeros "__builtin_clzll"(uint64_t) noexcept nogil
+
+
+cdef void count_reads(Tally *tally, uint64_t size, const Ask *asks, uint32_t count, uint64_t now) noexcept nogil:
+    """Add reads of a disk of `size` bytes that were answered at `now` (nanoseconds)."""
+    cdef uint64_t part = (size + HEAT - 1) // HEAT, took
+    cdef uint32_t i
+    for i in range(count):
+        took = now - asks[i].arrived
+        tally.bytes += asks[i].length
+        tally.latency_sum += took
+        tally.latencies[min(64 - leading_zeros(took // 1000 | 1), LATENCIES - 1)] += 1
+        tally.heat[asks[i].offset // part] += 1
+    tally.reads += count
+
+
+cdef dict describe(const Tally *tally):
+    """For Python: reads, bytes, handed_over, sends, latency_seconds, latencies (bucket n: below 2**n us), heat."""
+    return {
+        "reads": tally.reads, "bytes": tally.bytes, "handed_over": tally.handed_over, "sends": tally.sends,
+        "latency_seconds": tally.latency_sum / 1e9,
+        "latencies": [tally.latencies[i] for i in range(LATENCIES)],
+        "heat": [tally.heat[i] for i in range(HEAT)],
+    }
