@@ -42,7 +42,7 @@ _NARROW = 0.9  # a thread that computes for longer than this part of the time ma
 @click.option("--seed", default=0, help="Of what is random.")
 @click.option("--simple", is_flag=True, help="Do not ask for structured replies.")
 @click.option(
-    "--verify", "content", type=click.Path(exists=True, dir_okay=False), metavar="FILE", help="What should be read: raw."
+    "--verify", "content", type=click.Path(exists=True, dir_okay=False), metavar="FILE", help="Raw copy to compare."
 )
 @click.argument("uri")
 def bench_nbd(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -28,7 +28,7 @@ PERCENTILES = (50.0, 90.0, 99.0, 99.9, 99.99)
 class LoadOptions:
     """Requests of `length` bytes, `depth` under way on each connection, for `seconds` or until `count` are answered.
 
-    At random, or `step` bytes apart, within `span` bytes (0: to the end) from `offset`. `writes` per cent of them write.
+    At random, or `step` bytes apart, in `span` bytes (0: to the end) from `offset`. `writes` per cent of them write.
     `content` names a raw file that holds what the disk should hold: answers are compared with it, and it is written.
     """
 
@@ -78,7 +78,7 @@ class LoadResult:
         return self.requests / self.seconds
 
     def percentile(self, percent: float) -> float:
-        """The latency in seconds that so many per cent of the requests did not exceed, within 3 %; 0 without requests."""
+        """The latency in seconds that so many per cent of the requests did not exceed, within 3 %; 0 without any."""
         wanted = percent / 100 * self.requests
         for bucket, seen in enumerate(accumulate(self.latencies)):
             if seen and seen >= wanted:
@@ -95,7 +95,7 @@ def run_load(uri: str, options: LoadOptions) -> LoadResult:
     """Connect, run the load to its end, disconnect. Raises BadOption, StorageError, RemoteProtocolError."""
     address = parse_nbd_uri(uri)
     with ExitStack() as stack:
-        content = stack.enter_context(_mapped(options.content)) if options.content else None
+        content = _mapped(options.content) if options.content else None
         loads = []
         connections = min(options.connections, options.count or options.connections)
         for number in range(connections):
@@ -111,14 +111,15 @@ def check_against(session: Session, options: LoadOptions) -> None:
     """Raise BadOption where the export cannot take such requests."""
     least, most = session.block_sizes.minimum, session.block_sizes.maximum
     for name in ("length", "step", "offset"):
-        if getattr(options, name) % least:
-            raise BadOption(f"{name} is {getattr(options, name)}, expected a multiple of {least}, the export's block size")
+        value = getattr(options, name)
+        if value % least:
+            raise BadOption(f"{name} is {value}, expected a multiple of {least}, the export's block size")
     if options.length > most:
         raise BadOption(f"length is {options.length}, expected up to {most}, the export's largest request")
     if options.offset + max(options.span, options.length) > session.size:
         raise BadOption(
-            f"requests of {options.length} bytes in {options.span} from {options.offset} reach past the end of the export "
-            f"of {session.size} bytes"
+            f"requests of {options.length} bytes in {options.span} from {options.offset} reach past the end of the "
+            f"export of {session.size} bytes"
         )
     if options.writes and session.flags & ExportFlag.READ_ONLY:
         raise BadOption(f"{options.writes}% writes are wanted, but the export is read-only")
@@ -146,14 +147,12 @@ def _load(
     )
 
 
-@contextmanager
-def _mapped(path: str) -> Iterator[mmap.mmap]:
+def _mapped(path: str) -> mmap.mmap:
+    """The bytes of a file. They are not closed: the loads look at them until they are gone themselves."""
     try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
-            yield view
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
     except (OSError, ValueError) as error:
-        if isinstance(error, CowsliceError):
-            raise
         raise StorageError(f"cannot read '{path}' to compare with: {error}", filename=path) from error
 
 

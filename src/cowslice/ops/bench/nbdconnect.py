@@ -41,7 +41,7 @@ def parse_nbd_uri(uri: str) -> NbdAddress:
     except ValueError as error:
         raise BadOption(f"URI is '{uri}': {error}") from None
     export = unquote(parts.path[1:])
-    if parts.scheme == "nbd":
+    if parts.scheme == "nbd" and "://" in uri:
         return NbdAddress(export, host=host, port=port)
     path = parse_qs(parts.query).get("socket", [""])[0]
     if parts.scheme == "nbd+unix" and path:

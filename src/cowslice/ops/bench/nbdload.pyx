@@ -111,7 +111,7 @@ def latency_floor(uint32_t bucket):
     """The least nanoseconds that are counted in a bucket."""
     if bucket < 32:
         return bucket
-    return (32 + bucket % 32) << (bucket // 32 - 1)
+    return <uint64_t> (32 + bucket % 32) << (bucket // 32 - 1)
 
 
 cdef inline uint64_t next_random(uint64_t *state) noexcept nogil:
