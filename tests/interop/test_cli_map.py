@@ -86,3 +86,15 @@ def test_a_raw_file_without_data_is_one_hole(tmp_path: Path) -> None:
     with (tmp_path / "disk.raw").open("wb") as file:
         file.truncate(1 << 20)
     _assert_agrees(tmp_path / "disk.raw", "-f", "raw")
+
+
+@pytest.mark.parametrize("verb", ["info", "map", "check"])
+def test_an_image_that_is_being_written_is_read_only_when_forced(tmp_path: Path, verb: str) -> None:
+    path = tmp_path / "disk.qcow2"
+    peers.qemu_img("create", "-f", "qcow2", path, "1M")
+    with peers.qemu_nbd(path):
+        refused = cowslice(verb, path)
+        assert refused.status == 1
+        assert "-U" in refused.err
+        assert cowslice(verb, "-U", path).status == 0
+        assert cowslice(verb, "--image-opts", f"file.filename={path},force-share=on").status == 0

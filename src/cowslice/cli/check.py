@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from cowslice.cli import checkout, exitcodes
-from cowslice.cli.options import CACHE_MODES, Given, common, image_format, name_image, output_format
+from cowslice.cli.options import CACHE_MODES, Given, common, file_options, image_format, name_image, output_format
 from cowslice.cli.output import complain
 from cowslice.errors import NotAnImage
 
@@ -42,11 +42,13 @@ def command(
         complain(f"'-r {repair}' is refused: this program does not write to images, it only reports",
                  "Repair with 'qemu-img check -r', after making a copy.")
         return exitcodes.FAILED
-    given = Given(format_name=format_name, image_opts=image_opts, objects=objects, force_share=force_share)
+    given = Given(format_name=format_name, image_opts=image_opts, objects=objects, force_share=force_share,
+                  direct=cache_mode in ("none", "directsync"))
     named = name_image(image, given)
-    if named.options.get("driver", "qcow2") != "qcow2":
-        return _unsupported(named.name, named.options["driver"])
-    return _check(named.name, direct=cache_mode in ("none", "directsync"), force_share=force_share, workers=workers,
+    options = file_options(named, given)
+    if options.format_name not in (None, "qcow2"):
+        return _unsupported(named.name, options.format_name or "")
+    return _check(named.name, direct=options.direct, force_share=options.force_share, workers=workers,
                   progress=progress and not quiet, output=output, quiet=quiet)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cowslice.cli.options import Given, name_image, open_options
+from cowslice.cli.options import Given, Named, file_options, name_image, open_options
 from cowslice.cli.output import warn
 from cowslice.errors import BadOption, ReferenceRefused
 
@@ -26,7 +26,7 @@ def open_image(text: str, given: Given, **more: Any) -> Image:
     if driver is not None and driver not in FORMATS:
         raise BadOption(f"the format is '{driver}', expected qcow2 or raw")
     if driver is None:
-        named.options["driver"] = probe(named.name, given)
+        named.options["driver"] = probe(named, given)
     if named.options["driver"] == "raw":
         for option in [key for key in named.options if key.startswith(("l2-", "cache-size", "refcount-", "backing"))]:
             raise BadOption(f"'{option}' is an option of qcow2 images, but '{named.name}' is raw")
@@ -37,10 +37,11 @@ def open_image(text: str, given: Given, **more: Any) -> Image:
         raise
 
 
-def probe(name: str, given: Given) -> str:
+def probe(named: Named, given: Given) -> str:
     """The format that a file begins like: "qcow2" or, of anything else, "raw"."""
     from cowslice.image.opening import has_magic
     from cowslice.storage.locate import locate
 
-    with locate(name, locking="force-share" if given.force_share else True) as storage:
+    options = file_options(named, given)
+    with locate(named.name, locking="force-share" if options.force_share else True) as storage:
         return "qcow2" if has_magic(storage) else "raw"

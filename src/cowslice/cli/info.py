@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import click
 
 from cowslice.cli import exitcodes
-from cowslice.cli.options import Given, chain, common, image_format, name_image, output_format
+from cowslice.cli.options import Given, chain, common, file_options, image_format, name_image, output_format
 from cowslice.cli.output import complain, say, say_json
 from cowslice.errors import BadOption, ReferenceRefused
 
 if TYPE_CHECKING:
+    from cowslice.cli.options import FileOptions
     from cowslice.ops.info import ImageFacts
 
 EPILOG = """\b
@@ -46,10 +47,11 @@ def command(
     given = Given(format_name=format_name, image_opts=image_opts, objects=objects, force_share=force_share,
                   allowed=allowed, allow_any=allow_any)
     named = name_image(image, given)
-    wanted = named.options.get("driver")
+    options = file_options(named, given)
+    wanted = options.format_name
     if wanted not in (None, "qcow2", "raw"):
         raise BadOption(f"the format is '{wanted}', expected qcow2 or raw")
-    found = _chain(named.name, wanted, given) if whole_chain else [_one(named.name, wanted, given)]
+    found = (_chain(named.name, options, given) if whole_chain else [_one(named.name, options)])
     if output == "json":
         shown = [as_json(facts) for facts in found]
         say_json(shown if whole_chain else shown[0])
@@ -61,21 +63,21 @@ def command(
     return _status(found)
 
 
-def _one(name: str, wanted: str | None, given: Given) -> ImageFacts:
+def _one(name: str, options: FileOptions) -> ImageFacts:
     from cowslice.ops.info import inspect
     from cowslice.storage.locate import locate
 
-    with locate(name, locking="force-share" if given.force_share else True) as storage:
-        return inspect(storage, format_name=wanted)
+    with locate(name, direct=options.direct, locking="force-share" if options.force_share else True) as storage:
+        return inspect(storage, format_name=options.format_name)
 
 
-def _chain(name: str, wanted: str | None, given: Given) -> list[ImageFacts]:
+def _chain(name: str, options: FileOptions, given: Given) -> list[ImageFacts]:
     from cowslice.image.gate import FolderGate, PermitGate
     from cowslice.ops.infochain import inspect_chain
 
     gate = PermitGate() if given.allow_any else FolderGate(given.allowed)
     try:
-        return inspect_chain(name, gate, format_name=wanted, force_share=given.force_share)
+        return inspect_chain(name, gate, format_name=options.format_name, force_share=options.force_share)
     except ReferenceRefused as error:
         error.hint = "If you trust the image, permit it with --allow DIR or --allow-any."
         raise

@@ -36,7 +36,7 @@ def image_format(command: F) -> F:
 
 
 def common(command: F) -> F:
-    """--image-opts, --object, -U, -q and --trace-free silence: what every verb of qemu-img takes."""
+    """--image-opts, --object, -U and -q: what every verb of qemu-img takes."""
     for option in reversed((
         click.option("--image-opts", is_flag=True, help="IMAGE is 'driver=qcow2,file.filename=PATH,...'."),
         click.option("--object", "objects", multiple=True, metavar="OBJECT",
@@ -111,8 +111,25 @@ def name_image(text: str, given: Given) -> Named:
     protocol = options.pop("file.driver", "file")
     if protocol not in ("file", "host_device", "http", "https"):
         raise BadOption(f"file.driver is '{protocol}', expected file, host_device, http or https")
-    options.pop("file.locking", None)
+    if options.pop("file.locking", "on") == "off":
+        options.setdefault("force-share", "on")
     return Named(name, options)
+
+
+@dataclass(frozen=True, slots=True)
+class FileOptions:
+    """How one file is opened that is only looked at as a file: by `info` and `check`."""
+
+    format_name: str | None
+    force_share: bool
+    direct: bool
+
+
+def file_options(named: Named, given: Given) -> FileOptions:
+    """The options of a file whose content stays closed. Raises BadOption for one that no image has."""
+    taken = _taken_options(named.options, given)
+    force_share = taken.get("force_share", given.force_share)
+    return FileOptions(taken.get("format"), force_share, taken.get("direct", given.direct))
 
 
 def open_options(named: Named, given: Given, **more: Any) -> OpenOptions:

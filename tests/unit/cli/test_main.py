@@ -40,6 +40,13 @@ def test_a_missing_file_is_one_sentence(verb: str, tmp_path: Path) -> None:
     assert "Traceback" not in said.err
 
 
+@pytest.mark.parametrize("verb", ["info", "check", "map"])
+def test_an_unknown_image_option_is_a_usage_error(verb: str) -> None:
+    said = cowslice(verb, "--image-opts", "driver=qcow2,file.filename=x,no-such-option=1")
+    assert said.status == 64
+    assert "no-such-option" in said.err
+
+
 def test_an_interrupt_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(arguments: list[str]) -> int:
         raise KeyboardInterrupt
