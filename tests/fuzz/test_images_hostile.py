@@ -15,9 +15,10 @@ import pytest
 
 import cowslice
 from cowslice.codec.compression import compress_cluster
-from cowslice.format.entries import encode_compressed, encode_normal
+from cowslice.format.entries import ALL_SUBCLUSTERS, encode_compressed, encode_normal
 from cowslice.format.first_cluster import decode_first_cluster
 from cowslice.format.header import FIELD_OFFSETS, CompressionType, Incompatible
+from cowslice.image.reading import read_into
 from cowslice.ops.layout import populated_content, write_populated_image
 from cowslice.testing import peers, recipes
 from cowslice.testing.fixtures import ORDINARY
@@ -139,6 +140,27 @@ def test_tables_that_are_their_own_clusters_read_as_data(image: Path) -> None:
     assert answer["read"].startswith("ok")
     with cowslice.open(image) as disk:
         assert disk.read(0, 16) == word + bytes(8)
+
+
+@pytest.mark.parametrize("l2", ["standard", "extended"])
+@pytest.mark.parametrize("zero", [0, 1])
+@peers.needs("qemu-img", "qemu-io")
+def test_a_data_file_cluster_at_another_place_is_refused_whatever_it_holds(tmp_path: Path, l2: str, zero: int) -> None:
+    made = recipes.make(replace(ORDINARY, data_file="mapped", l2=l2), tmp_path)
+    header = decode_first_cluster(made.path.read_bytes()).header
+    with made.path.open("r+b") as file:
+        file.seek(header.l1_table_offset)
+        table = int.from_bytes(file.read(8), "big") & ~(1 << 63)
+        file.seek(table + 4 * header.geometry.l2_entry_size)
+        file.write((encode_normal(9 * CLUSTER, copied=True) | (zero if l2 == "standard" else 0)).to_bytes(8, "big"))
+        if l2 == "extended":
+            file.write((ALL_SUBCLUSTERS << 32 if zero else ALL_SUBCLUSTERS).to_bytes(8, "big"))
+    peers.qemu_io(made.path, f"read {4 * CLUSTER} 512", options=["-r"], expect=1)
+    with cowslice.open(made.path) as disk:
+        for read in (disk.read, lambda offset, length: read_into(disk.layers, offset, memoryview(bytearray(length)))):
+            with pytest.raises(cowslice.CorruptImage, match="expected the same offset"):
+                read(4 * CLUSTER, 512)
+            read(3 * CLUSTER, 512)
 
 
 SLOT = 208

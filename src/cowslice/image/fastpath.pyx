@@ -36,6 +36,11 @@ cdef uint64_t ZERO = 1
 cdef uint64_t OFFSET = 0x00FFFFFFFFFFFE00
 
 
+cdef inline bint astray(uint64_t word, uint64_t offset) noexcept nogil:
+    """Whether an entry of an image with a data file owns another cluster than the one at its own guest offset."""
+    return (word & OFFSET or word & COPIED) and (word & OFFSET) != offset
+
+
 cdef class FastPath:
     """The compiled twin of image.reading over the layers that were added, top first.
 
@@ -137,6 +142,8 @@ cdef class FastPath:
         if reach < want[0]:
             want[0] = reach
         out.length = want[0]
+        if layer.data_file and astray(m.word, offset - within):
+            return False
         if layer.extended:
             return self.in_subclusters(layer, m.word, m.bitmap, offset, want, out, below)
         if m.word & ZERO:
