@@ -1,0 +1,300 @@
+"""Hostile peers: almost-right streams into both halves of the protocol. Only protocol errors come out.
+
+The seed corpus is made, not stored: conversations of our two halves in every style, recorded on the wire. Mutations
+replace bytes, cut, repeat and swap pieces of them; what is left is mostly a valid stream with one lie in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import tracemalloc
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cowslice.errors import LocalProtocolError, RemoteProtocolError
+from cowslice.nbd import (
+    ClientHandshake,
+    ClientTransmission,
+    Context,
+    Export,
+    Opening,
+    Ready,
+    Refused,
+    Session,
+    StartTls,
+    TlsPolicy,
+    TlsWish,
+    Wish,
+    export_flags,
+)
+from cowslice.nbd.wire import (
+    BASE_ALLOCATION,
+    EXTENDED_REPLY_MAGIC,
+    EXTENDED_REQUEST_MAGIC,
+    OPTION_MAGIC,
+    OPTION_REPLY_MAGIC,
+    REQUEST_MAGIC,
+    SIMPLE_REPLY_MAGIC,
+    STRUCTURED_REPLY_MAGIC,
+    Mode,
+)
+from tests.unit.nbd.talk import Disk, Server, drain
+
+SIZE = 1 << 14
+CONTEXTS = (BASE_ALLOCATION, "qemu:allocation-depth")
+WISHES = (
+    Wish("disk", contexts=CONTEXTS),
+    Wish("disk", extended=False, contexts=CONTEXTS),
+    Wish("disk", extended=False, structured=False),
+    Wish("disk", tls=TlsWish.ALWAYS),
+    Wish("nothing"),
+)
+ROUNDS = 3000  # of each long campaign and each wish
+
+
+def _server() -> Server:
+    content = bytearray(SIZE)
+    content[1000:5000] = random.Random(1).randbytes(4000)
+    exports = [Export("disk", SIZE, export_flags(writable=True), "a disk", contexts=CONTEXTS), Export("", 512)]
+    return Server(exports, {"disk": Disk(content), "": Disk(bytearray(512))}, tls=TlsPolicy.OFFERED)
+
+
+def _ask_everything(client: ClientTransmission) -> None:
+    """One request of every kind."""
+    client.read(0, memoryview(bytearray(6000)))
+    client.write(100, b"written", fua=True)
+    client.write_zeroes(4096, 4096, no_hole=True)
+    client.trim(0, 512)
+    client.cache(0, SIZE)
+    client.flush()
+    if client.session.contexts:
+        client.block_status(0, SIZE)
+        client.block_status(0, SIZE, one=True)
+    if client.session.mode is Mode.EXTENDED and client.session.contexts:
+        client.block_status(0, SIZE, contexts=[client.session.contexts[0].id])
+    client.read(4000, memoryview(bytearray(2000)))
+
+
+@functools.cache
+def conversation(wish: Wish) -> tuple[bytes, bytes]:
+    """What the client and what the server say from the greeting to goodbye, every option asked for first."""
+    server, opening = _server(), Opening(wish)
+    asked, answered = bytearray(), bytearray(server.handshake.data_to_send())
+    fresh = bytes(answered)
+    while True:
+        opening.receive(fresh)
+        event = opening.next_event()
+        said = opening.data_to_send()
+        fresh = server.feed(said)
+        asked, answered = asked + said, answered + fresh
+        if isinstance(event, StartTls):
+            server.handshake.tls_started()
+            opening.tls_started()
+        elif isinstance(event, Ready):
+            client = ClientTransmission(event.session, opening.take_leftover())
+            _ask_everything(client)
+            client.disconnect()
+            said = b"".join(bytes(part) for part in client.data_to_send())
+            return bytes(asked + said), bytes(answered + server.feed(said))
+        elif isinstance(event, Refused):
+            return bytes(asked), bytes(answered)
+
+
+@functools.cache
+def options() -> bytes:
+    """A client that only negotiates, with every option."""
+    server, client = _server(), ClientHandshake()
+    asked, fresh = bytearray(), server.handshake.data_to_send()
+    asks: list[Callable[[], None]] = [
+        client.list_exports, client.structured_replies, lambda: client.list_contexts("disk", ["base:"]),
+        lambda: client.set_contexts("disk", CONTEXTS), lambda: client.info("disk"), client.extended_headers,
+        lambda: client.go("nothing"), lambda: client.go("disk"),
+    ]  # fmt: skip
+    while True:
+        client.receive(fresh)
+        drain(client)
+        if asks and asked:
+            asks.pop(0)()
+        said = client.data_to_send()
+        if not said:
+            return bytes(asked)
+        asked += said
+        fresh = server.feed(said)
+
+
+MAGICS = tuple(
+    magic.to_bytes(size, "big")
+    for magic, size in (
+        (OPTION_MAGIC, 8), (OPTION_REPLY_MAGIC, 8), (REQUEST_MAGIC, 4), (EXTENDED_REQUEST_MAGIC, 4),
+        (SIMPLE_REPLY_MAGIC, 4), (STRUCTURED_REPLY_MAGIC, 4), (EXTENDED_REPLY_MAGIC, 4),
+    )
+)  # fmt: skip
+EXTREMES = (
+    *(b"\xff" * 4, b"\xff" * 8, bytes(4), bytes(8), b"\x7f" + b"\xff" * 7),
+    *(b"\x02\0\0\0", b"\x02\0\0\1", b"\x80\0\0\2"),
+)
+
+
+def mutate(stream: bytes, chance: random.Random) -> bytes:
+    """A few lies in a stream: bytes replaced, pieces left out, repeated or swapped."""
+    changed = bytearray(stream)
+    for _ in range(chance.randint(1, 4)):
+        at = chance.randrange(len(changed) + 1)
+        length = chance.randint(1, 40)
+        kind = chance.randrange(6)
+        if kind == 0:
+            changed[at : at + 1] = bytes([chance.randrange(256)])
+        elif kind == 1:
+            extreme = chance.choice(EXTREMES)
+            changed[at : at + len(extreme)] = extreme
+        elif kind == 2:
+            del changed[at : at + length]
+        elif kind == 3:
+            changed[at:at] = changed[at : at + length] * chance.randint(1, 3)
+        elif kind == 4:
+            changed[at:at] = chance.choice(MAGICS)
+        else:
+            # A header's neighbourhood is where lies matter: change something shortly behind a magic.
+            place = changed.find(chance.choice(MAGICS), at) + chance.randint(4, 31)
+            changed[place : place + 1] = bytes([chance.choice((0, 1, 2, 5, 7, 0x40, 0x80, 0xFF))])
+    return bytes(changed)
+
+
+def pieces(stream: bytes, chance: random.Random) -> Iterator[bytes]:
+    """The stream as a network might deliver it."""
+    at = 0
+    while at < len(stream):
+        length = chance.choice((1, 16, 200, 1 << 16))
+        yield stream[at : at + length]
+        at += length
+
+
+def attack_server(stream: bytes, chance: random.Random) -> None:
+    server = _server()
+    server.handshake.data_to_send()
+    try:
+        for piece in pieces(stream, chance):
+            server.feed(piece)
+            if server.tls_wanted:
+                server.tls_wanted = False
+                server.handshake.tls_started()
+            if server.closed:
+                return
+    except RemoteProtocolError as error:
+        assert str(error).isprintable()
+
+
+def attack_client(wish: Wish, stream: bytes, chance: random.Random) -> None:
+    """Everything a server says comes from the stream; the client asks what it always asks."""
+    opening = Opening(wish)
+    client: ClientTransmission | None = None
+    try:
+        for piece in pieces(stream, chance):
+            if client is None:
+                opening.receive(piece)
+                event = opening.next_event()
+                if isinstance(event, StartTls):
+                    opening.tls_started()
+                    event = opening.next_event()
+                if isinstance(event, Refused):
+                    return
+                if not isinstance(event, Ready):
+                    continue
+                client = ClientTransmission(event.session, opening.take_leftover())
+                _ask_what_is_allowed(client)
+            else:
+                client.receive(piece)
+            drain(client)
+    except RemoteProtocolError as error:
+        assert str(error).isprintable()
+
+
+def _ask_what_is_allowed(client: ClientTransmission) -> None:
+    """The session is a lie as well: what it does not allow is refused on our side, which is as good."""
+    try:
+        _ask_everything(client)
+    except LocalProtocolError:
+        assert client.in_flight >= 0
+
+
+_CHANCES = st.integers(0, 1 << 62).map(random.Random)
+
+
+@given(st.sampled_from((*WISHES, None)), _CHANCES)
+def test_a_lying_client_is_answered_or_left(wish: Wish | None, chance: random.Random) -> None:
+    stream = options() if wish is None else conversation(wish)[0]
+    attack_server(mutate(stream, chance), chance)
+
+
+@given(st.sampled_from(WISHES), _CHANCES)
+def test_a_lying_server_is_believed_or_left(wish: Wish, chance: random.Random) -> None:
+    attack_client(wish, mutate(conversation(wish)[1], chance), chance)
+
+
+@given(st.binary(max_size=300), _CHANCES)
+def test_noise_is_no_client(noise: bytes, chance: random.Random) -> None:
+    attack_server(noise, chance)
+    attack_server(b"\0\0\0\3" + OPTION_MAGIC.to_bytes(8, "big") + noise, chance)
+
+
+@given(st.sampled_from(Mode), st.binary(max_size=300), _CHANCES)
+def test_noise_is_no_reply(mode: Mode, noise: bytes, chance: random.Random) -> None:
+    magic = (SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, EXTENDED_REPLY_MAGIC)[mode]
+    client = ClientTransmission(Session("", SIZE, 1, mode, contexts=(Context(0, BASE_ALLOCATION),)))
+    client.read(0, memoryview(bytearray(SIZE)))
+    try:
+        for piece in pieces(magic.to_bytes(4, "big") + noise, chance):
+            client.receive(piece)
+            drain(client)
+    except RemoteProtocolError as error:
+        assert str(error).isprintable()
+
+
+@pytest.mark.parametrize("wish", WISHES, ids=str)
+def test_an_honest_conversation_is_understood(wish: Wish) -> None:
+    asked, answered = conversation(wish)
+    server = _server()
+    said = bytearray(server.handshake.data_to_send())
+    if wish.tls is TlsWish.ALWAYS:
+        return
+    for piece in pieces(asked, random.Random(7)):
+        said += server.feed(piece)
+    assert bytes(said) == answered
+
+
+def test_a_flood_of_claims_takes_no_memory() -> None:
+    """Headers that announce the largest payloads there are, and never bring them."""
+    claims = [
+        b"\0\0\0\3" + OPTION_MAGIC.to_bytes(8, "big") + b"\0\0\0\7" + length.to_bytes(4, "big")
+        for length in (1 << 20, (1 << 20) + 1, 1 << 25)
+    ]
+    tracemalloc.start()
+    try:
+        servers = [_server() for _ in claims]
+        before = tracemalloc.get_traced_memory()[0]
+        for server, claim in zip(servers, claims, strict=True):
+            server.feed(claim)
+        assert tracemalloc.get_traced_memory()[0] - before < 1 << 16
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("wish", WISHES, ids=str)
+def test_a_campaign_against_the_server(wish: Wish) -> None:
+    for number in range(ROUNDS):
+        chance = random.Random(number)
+        attack_server(mutate(conversation(wish)[0], chance), chance)
+        attack_server(mutate(options(), chance), chance)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("wish", WISHES, ids=str)
+def test_a_campaign_against_the_client(wish: Wish) -> None:
+    for number in range(ROUNDS):
+        chance = random.Random(number)
+        attack_client(wish, mutate(conversation(wish)[1], chance), chance)
