@@ -10,12 +10,10 @@ import os
 import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import unquote
 
 from cowslice.errors import BadOption, ReadOnly
 from cowslice.storage.base import Storage
 from cowslice.storage.file import FileStorage, Locking, Mode
-from cowslice.storage.remote import FsspecStorage
 
 _URL = re.compile(r"(?:[a-z][a-z0-9+.-]*::)*[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _NBD = re.compile(r"nbds?(?:\+[a-z]+)?:", re.IGNORECASE)
@@ -41,6 +39,8 @@ def locate(
         raise ReadOnly(f"cannot open '{url}' for writing: what is not a local file can only be read")
     if direct:
         raise BadOption(f"direct was asked for '{url}', expected it only with a local file or block device")
+    from cowslice.storage.remote import FsspecStorage  # here: a local file should not pay for it
+
     return FsspecStorage(url, options=options)
 
 
@@ -69,4 +69,6 @@ def _path_of_url(text: str) -> str:
     host, slash, path = rest[2:].partition("/")
     if host not in ("", "localhost") or not slash:
         raise BadOption(f"name is '{text}', expected file:///path of this machine")
+    from urllib.parse import unquote
+
     return unquote(slash + path)
