@@ -16,6 +16,7 @@ from cowslice.cache.pthread cimport pthread_mutex_lock, pthread_mutex_unlock
 from cowslice.cache.slicemap cimport FOUND, SliceMap
 from cowslice.image.hostread cimport IN_MEMORY, File, manner_of, read_host
 
+import os
 import threading
 
 from cowslice.errors import Closed, OutOfRange, RequestError
@@ -267,8 +268,10 @@ cdef class FastPath:
             self.read_batch(batch)
 
     cdef run_batch(self, Batch batch, int depth):
-        """The calling thread works too; more threads than there are claims would find nothing to do."""
+        """The calling thread works too. What lies in memory never waits, so there a thread per processor does it all."""
         cdef int64_t useful = (batch.count + CLAIM - 1) // CLAIM
+        if depth > 1 and self.in_memory:
+            useful = min(useful, <int64_t> len(os.sched_getaffinity(0)))
         threads = [threading.Thread(target=self._work, args=(batch,), daemon=True) for _ in range(1, min(depth, useful))]
         self.active += 1
         try:
