@@ -80,15 +80,17 @@ def client_context(credentials: Credentials) -> ssl.SSLContext:
 
 
 def _load_own(context: ssl.SSLContext, place: Path, certificate: str, key: str) -> None:
+    paths = _there(place / certificate), _there(place / key)
     try:
-        context.load_cert_chain(_there(place / certificate), _there(place / key), password=_no_password)
+        context.load_cert_chain(*paths, password=_no_password)
     except (OSError, ValueError) as fault:
         raise _unusable(place / certificate, fault) from None
 
 
 def _load_authority(context: ssl.SSLContext, place: Path) -> None:
+    authority = _there(place / CA)
     try:
-        context.load_verify_locations(_there(place / CA))
+        context.load_verify_locations(authority)
         if (place / REVOKED).exists():
             context.load_verify_locations(place / REVOKED)
             context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
