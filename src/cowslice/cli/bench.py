@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from cowslice.cli import exitcodes
-from cowslice.cli.benchnbd import bench_nbd
+from cowslice.cli.benchnbd import bench_nbd, table_over_nbd
 from cowslice.cli.options import (
     CACHE_MODES,
     Given,
@@ -36,11 +36,13 @@ Examples:
   cowslice bench table --layout random -d 1 --rounds 7
   cowslice bench table --image vm.qcow2 --output=json > vm.json
   cowslice bench table --storage-latency 1 --short     every read takes a millisecond more, for both engines
+  cowslice bench table --over nbd --layout random      our server beside qemu-nbd, asked from outside
 
 \b
 Both engines read the same offsets: multiples of a stride, modulo the disk. The stride of each cell is searched for
 which an LRU cache of that cell's size hits as often as with uniform random reads. 'cold' is the beginning, from an
-empty cache without warm-up; 'warm' is what follows. 'plain' is the same loop on a raw file of equal size."""
+empty cache without warm-up; 'warm' is what follows. 'plain' is the same loop on a raw file of equal size.
+Over NBD the clients read at random themselves, so there is no stride."""
 
 
 class Bench(click.Group):
@@ -217,11 +219,17 @@ def _say_result(result: Any, output: str) -> None:
 )
 @click.option(
     "--aio",
-    type=click.Choice(["threads", "io_uring"]),
-    default="threads",
-    show_default=True,
-    help="QEMU's way to read.",
+    type=click.Choice(["threads", "io_uring", "best"]),
+    help="QEMU's way to read; 'best': the faster one of each cell, over NBD only.  [default: threads; over NBD: best]",
 )
+@click.option(
+    "--over",
+    type=click.Choice(["calls", "nbd"]),
+    default="calls",
+    show_default=True,
+    help="'calls' reads within the process, as 'qemu-img bench' does; 'nbd' serves the image and asks from outside.",
+)
+@click.option("--seconds", default=1.0, show_default=True, help="Over NBD: how long each run of a client takes.")
 @click.option("--no-peer", is_flag=True, help="Leave QEMU out.")
 @click.option("--short", is_flag=True, help="Only the rows of 4 KiB slices, fewer reads and rounds.")
 @click.option("--plot", metavar="FILE", help="Also draw it: .png or .svg.")
@@ -235,26 +243,48 @@ def table(
     cluster_size: str,
     latency: int,
     no_peer: bool,
+    over: str,
+    seconds: float,
+    aio: str | None,
     **chosen: Any,
 ) -> int:
     """Measure the published tables of L2 slice and cache sizes on this machine.
 
     Makes a fully populated 40 GB image (its data is a hole, so it takes some megabytes) and reads it through the
-    metadata cache at every size of the tables, in turn with 'qemu-img bench' where that is installed.
+    metadata cache at every size of the tables, in turn with 'qemu-img bench' where that is installed; or, over NBD,
+    serves it in turn with 'qemu-nbd' to fio, nbdcopy and 'cowslice bench nbd'.
     """
+    if short:
+        chosen["rounds"], chosen["requests"] = min(chosen["rounds"], 3), min(chosen["requests"], 30_000)
+    shared = {
+        "short": short,
+        "size": _whole_gigabytes(size),
+        "cluster_bits": {"both": (16, 18), "64k": (16,), "256k": (18,)}[cluster_size],
+        "peer": not no_peer,
+    }
+    told = _progress if progress else None
+    if over == "nbd":
+        given = {**chosen, "--plot": plot, "--storage-latency": latency}
+        return table_over_nbd({**shared, "aio": aio or "best", "seconds": seconds}, given, output, told)
+    return _table_of_calls({**shared, "aio": aio or "threads", "latency_ms": latency, **chosen}, output, plot, told)
+
+
+def _whole_gigabytes(text: str) -> int:
+    size = parse_size(text, "--size")
+    if size < 1 << 30 or size % (1 << 30):
+        raise BadOption(f"--size is '{text}', expected whole gigabytes")
+    return size
+
+
+def _table_of_calls(chosen: dict[str, Any], output: str, plot: str | None, told: Any) -> int:
     from cowslice.ops.bench.picture import check_plot_path, draw_table
     from cowslice.ops.bench.table import TableOptions, measure_table
 
     if plot:
         check_plot_path(plot)
-    if short:
-        chosen["rounds"], chosen["requests"] = min(chosen["rounds"], 3), min(chosen["requests"], 30_000)
-    bits = {"both": (16, 18), "64k": (16,), "256k": (18,)}[cluster_size]
-    disk = parse_size(size, "--size")
-    if disk < 1 << 30 or disk % (1 << 30):
-        raise BadOption(f"--size is '{size}', expected whole gigabytes")
-    options = TableOptions(short=short, size=disk, cluster_bits=bits, latency_ms=latency, peer=not no_peer, **chosen)
-    measured = measure_table(options, _progress if progress else None)
+    if chosen["aio"] == "best":
+        raise BadOption("--aio is 'best', expected threads or io_uring except with '--over nbd'")
+    measured = measure_table(TableOptions(**chosen), told)
     if output == "json":
         say_json(measured.as_json())
     else:

@@ -8,7 +8,7 @@ import click
 
 from cowslice.cli import exitcodes
 from cowslice.cli.options import output_format
-from cowslice.cli.output import say, say_fields, say_json, warn
+from cowslice.cli.output import say, say_fields, say_json, say_table, warn
 from cowslice.errors import BadOption
 from cowslice.units import format_size, parse_size
 
@@ -108,3 +108,68 @@ def format_time(seconds: float) -> str:
         if seconds < 1000 * scale:
             return f"{seconds / scale:.3g} {unit}"
     return f"{seconds:.3g} s"
+
+
+# -- the table over NBD ------------------------------------------------------------------------------------------------
+
+_ONLY_CALLS = {"depth": 32, "image": None, "populate": False, "sequential": False, "--plot": None,
+               "--storage-latency": 0}  # fmt: skip
+
+
+def table_over_nbd(chosen: dict[str, Any], given: dict[str, Any], output: str, told: Any) -> int:
+    """Measure and tell the tables over NBD. `given` are the other words of the command line."""
+    from cowslice.ops.bench.nbdtable import NbdTableOptions, measure_nbd_table
+
+    for name, default in _ONLY_CALLS.items():
+        if given[name] != default:
+            raise BadOption(f"{name if name.startswith('-') else '--' + name} does not go with '--over nbd'")
+    kept = {name: given[name] for name in ("layout", "rounds", "directory")}
+    table = measure_nbd_table(NbdTableOptions(**chosen, **kept), told)
+    if output == "json":
+        say_json(table.as_json())
+    else:
+        _say_table(table)
+    return exitcodes.OK
+
+
+def _say_table(table: Any) -> None:
+    o = table.options
+    say(
+        f"{o['layout']} layout, {format_size(o['size'])} disk over NBD, median of {o['rounds']} alternating rounds of "
+        f"{o['seconds']:g} s"
+    )
+    say(f"{table.machine}; {table.peer or 'no qemu-nbd'}")
+    for name in table.missing:
+        warn(f"{name} is not installed or cannot do what is needed: its figures are left out")
+    for one in table.measured:
+        say()
+        covered = f", published {one.published:,}{', whole map' if one.covered else ''}" if one.published else ""
+        say(f"{one.what}{covered}{f', qemu-nbd --aio={one.aio}' if one.aio else ''}")
+        rows = [_figure_row(figure) for figure in one.figures]
+        say_table(("", "qemu-nbd", "cowslice", "ratio", "raw file", "share"), rows, right="lrrrrr", indent=2)
+    _say_losses(table)
+
+
+def _say_losses(table: Any) -> None:
+    if not table.peer:
+        return
+    say()
+    if not table.losses:
+        say("cowslice is ahead everywhere.")
+        return
+    say("qemu-nbd is ahead in:")
+    for what, figure, ratio in table.losses:
+        say(f"  {what}: {figure}, {ratio:.2f}x")
+
+
+def _figure_row(figure: Any) -> tuple[str, ...]:
+    def value(number: float | None) -> str:
+        if number is None:
+            return "-"
+        if figure.unit == "bytes/s":
+            return f"{format_size(int(number))}/s"
+        return f"{number:.2f} s" if figure.unit == "s" else f"{number:,.0f}"
+
+    ratio = "-" if figure.ratio is None else f"{figure.ratio:.2f}x"
+    share = "-" if figure.share is None else f"{figure.share:.0%}"
+    return figure.name, value(figure.peer), value(figure.ours), ratio, value(figure.raw), share
