@@ -1,13 +1,14 @@
 """Hostile peers: almost-right streams into both halves of the protocol. Only protocol errors come out.
 
-The seed corpus is made, not stored: conversations of our two halves in every style, recorded on the wire. Mutations
-replace bytes, cut, repeat and swap pieces of them; what is left is mostly a valid stream with one lie in it.
+The seed corpus is made, not stored: conversations of our two halves in every style, recorded on the wire. What
+is left of them after a mutation is mostly a valid stream with one lie in it.
 """
 
 from __future__ import annotations
 
 import functools
 import random
+import re
 import tracemalloc
 from collections.abc import Callable, Iterator
 
@@ -140,28 +141,61 @@ EXTREMES = (
 
 
 def mutate(stream: bytes, chance: random.Random) -> bytes:
-    """A few lies in a stream: bytes replaced, pieces left out, repeated or swapped."""
-    changed = bytearray(stream)
-    for _ in range(chance.randint(1, 4)):
-        at = chance.randrange(len(changed) + 1)
-        length = chance.randint(1, 40)
-        kind = chance.randrange(6)
-        if kind == 0:
-            changed[at : at + 1] = bytes([chance.randrange(256)])
-        elif kind == 1:
-            extreme = chance.choice(EXTREMES)
-            changed[at : at + len(extreme)] = extreme
-        elif kind == 2:
-            del changed[at : at + length]
-        elif kind == 3:
-            changed[at:at] = changed[at : at + length] * chance.randint(1, 3)
-        elif kind == 4:
-            changed[at:at] = chance.choice(MAGICS)
-        else:
-            # A header's neighbourhood is where lies matter: change something shortly behind a magic.
-            place = changed.find(chance.choice(MAGICS), at) + chance.randint(4, 31)
-            changed[place : place + 1] = bytes([chance.choice((0, 1, 2, 5, 7, 0x40, 0x80, 0xFF))])
-    return bytes(changed)
+    """A few lies in a stream. Most keep its messages apart, so that what follows is still understood."""
+    frames = _frames(stream)
+    honest = chance.choice((0, len(frames) // 2, len(frames) - 1))  # often the negotiation is fine
+    lying = frames[honest:]
+    for _ in range(chance.randint(1, 3)):
+        lie = chance.choice((_lie_in_a_header, _lie_in_a_header, _lie_about_order, _lie_anywhere))
+        lie(lying, chance)
+    return b"".join(frames[:honest] + lying)
+
+
+def _frames(stream: bytes) -> list[bytearray]:
+    """The stream cut before every magic."""
+    cuts = sorted({0, *(match.start() for match in re.finditer(b"|".join(map(re.escape, MAGICS)), stream))})
+    return [bytearray(stream[at:end]) for at, end in zip(cuts, [*cuts[1:], len(stream)], strict=True)]
+
+
+def _lie_in_a_header(frames: list[bytearray], chance: random.Random) -> None:
+    """One field behind a magic: numbers next to what they were, and those at the ends."""
+    frame = chance.choice(frames)
+    at = chance.randrange(4, max(5, min(len(frame), 56)))
+    if chance.random() < 0.5:
+        frame[at : at + 1] = bytes([chance.choice((0, 1, 2, 5, 6, 7, 0x40, 0x80, 0xFF))])
+    elif chance.random() < 0.5:
+        near = (int.from_bytes(frame[at : at + 1], "big") + chance.choice((-1, 1))) % 256
+        frame[at : at + 1] = bytes([near])
+    else:
+        extreme = chance.choice(EXTREMES)
+        frame[at : at + len(extreme)] = extreme
+
+
+def _lie_about_order(frames: list[bytearray], chance: random.Random) -> None:
+    """A message left out, sent twice, or sent too early."""
+    at, other = chance.randrange(len(frames)), chance.randrange(len(frames))
+    kind = chance.randrange(3)
+    if kind == 0 and len(frames) > 1:
+        del frames[at]
+    elif kind == 1:
+        frames.insert(other, bytearray(frames[at]))
+    else:
+        frames[at], frames[other] = frames[other], frames[at]
+
+
+def _lie_anywhere(frames: list[bytearray], chance: random.Random) -> None:
+    """Bytes replaced, left out, repeated, or a magic where none belongs."""
+    frame = chance.choice(frames)
+    at, length = chance.randrange(len(frame) + 1), chance.randint(1, 40)
+    kind = chance.randrange(4)
+    if kind == 0:
+        frame[at : at + 1] = bytes([chance.randrange(256)])
+    elif kind == 1:
+        del frame[at : at + length]
+    elif kind == 2:
+        frame[at:at] = frame[at : at + length] * chance.randint(1, 3)
+    else:
+        frame[at:at] = chance.choice(MAGICS)
 
 
 def pieces(stream: bytes, chance: random.Random) -> Iterator[bytes]:
