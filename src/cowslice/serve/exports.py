@@ -23,6 +23,7 @@ from cowslice.nbd.wire import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, S
 if TYPE_CHECKING:
     from cowslice.image.fastpath import FastPath
     from cowslice.image.image import Image
+    from cowslice.image.mapping import Extent
 
 MOST_LOOKED_AT = 1 << 15  # extents of an image behind one reply: some tenths of a second of one thread, then it ends
 
@@ -102,9 +103,17 @@ class Export:
                 yield extent.length, (STATE_HOLE if hole else 0) | (STATE_ZERO if zero else 0)
         elif context == ALLOCATION_DEPTH:
             for extent in self.disk.extents(offset, length):
-                yield extent.length, extent.depth + 1 if extent.present else 0
+                yield extent.length, self._depth(extent)
         else:
             yield from self._bitmaps[context].states(offset, length)
+
+
+    def _depth(self, extent: Extent) -> int:
+        """The layer that answers, from 1 for the top one, 0 for none."""
+        if extent.present:
+            return extent.depth + 1
+        # Beyond the end of a shorter backing file it is that file which makes the zeros: so QEMU sees it.
+        return extent.depth + 2 if extent.depth + 1 < len(self.disk.layers) else 0
 
 
 def find_bitmap(disk: Image, name: str) -> ExportedBitmap:

@@ -1,4 +1,4 @@
-"""Certificates for tests, in the directory layout of QEMU: an authority, a server, a client, and what else goes wrong."""
+"""Certificates for tests, in the directory layout of QEMU: of authorities, servers and clients."""
 
 from __future__ import annotations
 

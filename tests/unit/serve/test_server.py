@@ -98,7 +98,8 @@ def test_two_exports_of_one_name_are_refused(disk: cowslice.Image, place: str) -
         serve([Export(disk, "x"), Export(disk, "x")], unix=place)
 
 
-@pytest.mark.parametrize("options", [{}, {"max_clients": -1, "port": 0}, {"port": 70000}, {"host": "no.such.name.invalid"}])
+@pytest.mark.parametrize("options", [
+    {}, {"max_clients": -1, "port": 0}, {"port": 70000}, {"host": "no.such.name.invalid"}])
 def test_a_server_that_cannot_be_is_refused(disk: cowslice.Image, options: dict[str, object]) -> None:
     with pytest.raises(BadOption):
         serve(disk, **options)  # type: ignore[arg-type]
@@ -243,7 +244,8 @@ def test_sockets_that_the_system_hands_over_are_found(place: str) -> None:
     bound.listen()
     image = f"{place}.qcow2"
     Path(image).write_bytes(IMAGE.file)
-    run = f"import os, sys; os.dup2({bound.fileno()}, 3); os.execv(sys.executable, [sys.executable, '-c', {code!r}, {image!r}])"
+    run = (f"import os, sys; os.dup2({bound.fileno()}, 3); "
+           f"os.execv(sys.executable, [sys.executable, '-c', {code!r}, {image!r}])")
     with subprocess.Popen([sys.executable, "-c", run], pass_fds=[bound.fileno()], stdout=subprocess.PIPE) as child:
         bound.close()
         assert child.stdout is not None

@@ -1,4 +1,4 @@
-"""One connection after its negotiation, through the compiled loop and in plain Python: the same answers, the same end."""
+"""One connection after its negotiation, by the compiled loop and in plain Python: the same answers, the same end."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def way(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("offset, length", [(0, SIZE), (1, 1), (2 * K - 3, 7), (3 * K, 4096), (SIZE - 1, 1), (5, 3 * K)])
+@pytest.mark.parametrize("offset, length", [
+    (0, SIZE), (1, 1), (2 * K - 3, 7), (3 * K, 4096), (SIZE - 1, 1), (5, 3 * K)])
 def test_every_byte_is_right(disk: cowslice.Image, way: str, mode: Mode, offset: int, length: int) -> None:
     with wired(disk, way=way) as wire:
         reply = wire.client(mode=mode).read(offset, length)
