@@ -35,9 +35,9 @@ def write_compressed(path: str, size: int, seed: int) -> None:
 
 
 def _write_words(path: str, size: int, seed: int) -> None:
-    """Words of four bytes out of a small vocabulary, in an order without pattern."""
+    """Words of four bytes in an order without pattern, out of a vocabulary that the window of 4 KiB sees whole."""
     dice = np.random.default_rng(seed)
-    vocabulary = dice.integers(0, 256, (4096, 4), dtype=np.uint8)
+    vocabulary = dice.integers(0, 256, (512, 4), dtype=np.uint8)
     with open(path, "wb") as file:
         for at in range(0, size, MiB):
             chosen = dice.integers(0, len(vocabulary), min(MiB, size - at) // 4 + 1)
