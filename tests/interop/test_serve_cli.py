@@ -1,0 +1,211 @@
+"""`cowslice serve` as a command: what it prints, whom it serves, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cowslice.testing import peers
+from tests.unit.serve.certificates import Authority
+from tests.unit.serve.rawclient import PATIENCE, RawClient, model
+
+IMAGE = model("NNZ.NNNN")
+CONTENT = IMAGE.over(b"")
+SERVE = (sys.executable, "-m", "cowslice.cli.main", "serve")
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(IMAGE.file)
+    return path
+
+
+@pytest.fixture
+def place() -> Iterator[str]:
+    name = f"/tmp/cowslice-cli-{os.getpid()}-{time.monotonic_ns()}"
+    yield name
+    assert not os.path.lexists(name), "the socket's file is left"
+
+
+class Running:
+    """A server in a process of its own, once it has said where it listens. `lines` are what it printed."""
+
+    def __init__(self, *arguments: object, lines: int = 1) -> None:
+        self.process = subprocess.Popen(
+            [*SERVE, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.lines = [self.process.stdout.readline().rstrip() for _ in range(lines)]
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Send a signal; exit status and what was said on standard error."""
+        self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> tuple[int, str]:
+        _, said = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, said
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*SERVE, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
+
+
+def connect(place: str, **options: object) -> RawClient:
+    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connected.settimeout(PATIENCE)
+    connected.connect(place)
+    return RawClient(connected, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_it_says_where_it_listens_and_ends_cleanly_on_a_signal(image: Path, place: str, tmp_path: Path, number: int) -> None:
+    pid_file = tmp_path / "pid"
+    server = Running("-t", "-k", place, "--pid-file", pid_file, image)
+    assert server.lines == [f"nbd+unix:///?socket={place}  512 KiB (524288 bytes), read-only, {image}"]
+    assert int(pid_file.read_text()) == server.process.pid
+    client = connect(place)
+    assert client.read(3, 30).data == CONTENT[3:33]
+    assert server.end(number) == (0, "")
+    assert client.ended()
+    assert not pid_file.exists()
+
+
+def test_it_ends_when_the_last_client_has_left(image: Path, place: str) -> None:
+    server = Running("-k", place, image)
+    connect(place).socket.close()
+    assert server.wait() == (0, "")
+
+
+def test_it_goes_into_the_background_when_it_is_ready(image: Path, place: str, tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    done = run("--fork", "-t", "-k", place, "--pid-file", pid_file, image)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert connect(place).read(0, 9).data == CONTENT[:9], "at once, without waiting for it"
+    pid = int(pid_file.read_text())
+    os.kill(pid, signal.SIGTERM)
+    end = time.monotonic() + PATIENCE
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < end and os.path.exists(place):
+            os.kill(pid, 0)
+            time.sleep(0.01)
+
+
+def test_what_keeps_it_from_the_background_is_told(place: str, tmp_path: Path) -> None:
+    done = run("--fork", "-k", place, tmp_path / "missing")
+    assert done.returncode == 1
+    assert "missing" in done.stderr
+
+
+def test_several_images_are_served_by_name(image: Path, place: str) -> None:
+    server = Running("-t", "-e", "0", "-k", place, f"a={image}", f"b={image}", lines=2)
+    assert [line.partition("?")[0] for line in server.lines] == ["nbd+unix:///a", "nbd+unix:///b"]
+    assert connect(place, export="b").read(0, 9).data == CONTENT[:9]
+    assert server.end()[0] == 0
+
+
+def test_it_listens_on_tcp(image: Path) -> None:
+    server = Running("-t", "-b", "127.0.0.1", "-p", "0", "-x", "disk", image)
+    address = server.lines[0].partition("  ")[0]
+    port = int(address.removeprefix("nbd://127.0.0.1:").removesuffix("/disk"))
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as connected:
+        assert RawClient(connected, export="disk").read(0, 9).data == CONTENT[:9]
+    assert server.end()[0] == 0
+
+
+def test_a_server_is_listed(image: Path, place: str) -> None:
+    server = Running("-t", "-k", place, "-x", "disk", "-D", "what it is", "-A", image)
+    listed = run("-L", "-k", place)
+    assert server.end()[0] == 0
+    assert (listed.returncode, listed.stderr) == (0, "")
+    for said in ("exports available: 1", "export: 'disk'", "description: what it is", "size: 512 KiB (524288 bytes)",
+                 "read-only", "context: base:allocation", "context: qemu:allocation-depth"):
+        assert said in listed.stdout
+
+
+@pytest.mark.parametrize("arguments, status, said", [
+    (["--writable", "IMAGE"], 1, "does not write"),
+    ([], 64, "Missing argument"),
+    (["-L", "IMAGE"], 64, "takes no IMAGE"),
+    (["IMAGE", "IMAGE"], 64, "different names"),
+    (["-x", "one", "two=IMAGE"], 64, "write one of them"),
+    (["-k", "/tmp/never", "-p", "1", "IMAGE"], 64, "excludes"),
+    (["-l", "x", "-B", "y", "IMAGE"], 64, "excludes"),
+    (["-l", "x", "IMAGE"], 64, "no snapshots"),
+    (["-B", "x", "IMAGE"], 64, "no bitmaps"),
+    (["--tls-creds", "nothing", "IMAGE"], 64, "tls-creds"),
+    (["--tls-creds", "t", "--object", "tls-creds-x509,id=t", "IMAGE"], 64, "dir=PATH"),
+    (["--tls-creds", "t", "--object", "tls-creds-x509,id=t,dir=/x,endpoint=client", "IMAGE"], 64, "endpoint"),
+    (["--max-request", "1", "IMAGE"], 64, "max_request"),
+    (["-L", "-k", "/nonexistent/socket"], 1, "/nonexistent/socket"),
+])
+def test_what_cannot_be_is_refused_in_a_sentence(image: Path, arguments: list[str], status: int, said: str) -> None:
+    done = run(*(argument.replace("IMAGE", str(image)) for argument in arguments))
+    assert (done.returncode, done.stdout) == (status, "")
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_pid_file_of_a_running_server_is_not_taken(image: Path, place: str, tmp_path: Path) -> None:
+    server = Running("-t", "-k", place, "--pid-file", tmp_path / "pid", image)
+    other = run("-t", "-k", f"{place}-2", "--pid-file", tmp_path / "pid", image)
+    assert (other.returncode, "is running" in other.stderr) == (64, True)
+    assert not os.path.exists(f"{place}-2")
+    assert int((tmp_path / "pid").read_text()) == server.process.pid
+    assert server.end()[0] == 0
+
+
+@peers.needs("qemu-img", "qemu-io")
+def test_snapshots_are_served_beside_the_disk_or_instead(tmp_path: Path, place: str) -> None:
+    path = tmp_path / "disk.qcow2"
+    peers.qemu_img("create", "-q", "-f", "qcow2", path, "1M")
+    for number, name in ((1, "monday"), (2, "tuesday")):
+        peers.qemu_io(path, f"write -P {number} 0 64k")
+        peers.qemu_img("snapshot", "-c", name, path)
+    peers.qemu_io(path, "write -P 3 0 64k")
+    server = Running("-t", "-e", "9", "-k", place, "--all-snapshots", f"vm={path}", lines=3)
+    found = {name: connect(place, export=name).read(0, 1).data for name in ("vm", "vm@monday", "vm@tuesday")}
+    assert found == {"vm": b"\3", "vm@monday": b"\1", "vm@tuesday": b"\2"}
+    assert server.end()[0] == 0
+    server = Running("-k", place, "-l", "snapshot.name=monday", path)
+    client = connect(place)
+    assert client.read(0, 1).data == b"\1"
+    client.socket.close()
+    assert server.wait()[0] == 0
+
+
+@peers.needs("nbdinfo")
+@pytest.mark.parametrize("creds", [["--tls-creds", "DIR"], ["--object", "tls-creds-x509,id=t,endpoint=server,dir=DIR",
+                                                            "--tls-creds", "t"]])
+def test_it_speaks_tls(image: Path, tmp_path: Path, creds: list[str]) -> None:
+    authority = Authority.new("ours")
+    authority.put(tmp_path / "pki", side="server")
+    authority.put(tmp_path / "pki", side="client")
+    server = Running("-t", "-b", "127.0.0.1", "-p", "0",
+                     *(word.replace("DIR", str(tmp_path / "pki")) for word in creds), image)
+    uri = server.lines[0].partition("  ")[0]
+    assert uri.startswith("nbds://127.0.0.1:")
+    peers.run("nbdinfo", f"{uri}?tls-certificates={tmp_path / 'pki'}")
+    port = uri.rpartition(":")[2].rstrip("/")
+    listed = run("-L", "-b", "127.0.0.1", "-p", port, "--tls-creds", tmp_path / "pki")
+    assert "exports available: 1" in listed.stdout
+    server.process.stderr.close() if server.process.stderr else None
+    server.process.terminate()
+    assert server.process.wait(PATIENCE) == 0
+
+
+@peers.needs("qemu-img")
+def test_image_options_and_caching_are_those_of_qemu_nbd(image: Path, place: str) -> None:
+    server = Running("-k", place, "--cache=none", "--aio=io_uring", "--discard=unmap", "--image-opts",
+                     f"driver=qcow2,file.filename={image},l2-cache-size=64k")
+    assert "identical" in peers.qemu_img("compare", "-f", "raw", "-F", "qcow2", f"nbd+unix:///?socket={place}", image)
+    assert server.wait()[0] == 0
