@@ -17,6 +17,9 @@ from cowslice.nbd.wire import MAX_STATUS_EXTENTS_TAKEN, U32_MAX, Command, Comman
 # Islands of content that do not touch yet, in one reply. A 32 MiB read in alternating sectors has half as many.
 MAX_ISLANDS = 1 << 16
 
+_DF = int(CommandFlag.DF)
+_REQ_ONE = int(CommandFlag.REQ_ONE)
+
 
 class Coverage:
     """Which bytes of a request have come. Islands that touch are joined, so content in order costs nothing."""
@@ -82,7 +85,7 @@ class Pending:
                 f"it sends {length} bytes at {offset}, expected some of {request.length} at {request.offset}"
             )
         self.contents += 1
-        if request.flags & CommandFlag.DF and self.contents > 1:
+        if request.flags & _DF and self.contents > 1:
             raise _breach("it sends a second piece of a read that must not be fragmented")
         if not self.coverage.add(offset, offset + length):
             raise _breach(f"it sends {length} bytes at {offset} twice")
@@ -106,7 +109,7 @@ class Pending:
             raise _breach(f"it sends a status of context {context}, expected each of {list(request.contexts)} once")
         kept: list[tuple[int, int]] = []
         covered = 0
-        most = 1 if request.flags & CommandFlag.REQ_ONE else MAX_STATUS_EXTENTS_TAKEN
+        most = 1 if request.flags & _REQ_ONE else MAX_STATUS_EXTENTS_TAKEN
         for length, status in extents:
             self.described += 1
             if not length or covered >= request.length or len(kept) == most:
@@ -115,7 +118,7 @@ class Pending:
             kept.append((length, status))
         if not kept or self.described > MAX_STATUS_EXTENTS_TAKEN:
             raise _breach(f"a status has {len(kept)} extents, expected 1 to {MAX_STATUS_EXTENTS_TAKEN} in a reply")
-        if request.flags & CommandFlag.REQ_ONE and covered > request.length:
+        if request.flags & _REQ_ONE and covered > request.length:
             raise _breach(f"the one extent has {covered} bytes, expected up to {request.length}")
         self._check_width(session, context, kept)
         # What lies beyond the export means nothing; some servers round up.

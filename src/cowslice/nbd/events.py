@@ -55,17 +55,13 @@ class BlockSizes:
     maximum: int = MAX_PAYLOAD
 
     def __post_init__(self) -> None:
-        fault = self.fault()
+        fault = fault_of_block_sizes(self.minimum, self.preferred, self.maximum)
         if fault:
             raise LocalProtocolError(fault)
 
-    def fault(self) -> str:
-        """What breaks the specification ("Size constraints"), or ''."""
-        return fault_of_block_sizes(self.minimum, self.preferred, self.maximum)
-
 
 def fault_of_block_sizes(minimum: int, preferred: int, maximum: int) -> str:
-    """What the specification forbids in these three numbers, as a sentence, or ''."""
+    """What the specification ("Size constraints") forbids in these three numbers, as a sentence, or ''."""
     if not is_power_of_two(minimum) or minimum > MAX_MINIMUM_BLOCK:
         return f"minimum block size is {minimum}, expected a power of two up to {MAX_MINIMUM_BLOCK}"
     if not is_power_of_two(preferred) or preferred < max(minimum, 512):

@@ -165,7 +165,7 @@ class ServerHandshake:
         if self._too_big:
             option, length = self._too_big
             self._too_big = None
-            return self._refuse(option, Answer.ERR_TOO_BIG, f"{length} bytes are too many for this option")
+            return self._answer_unread(option, length)
         header = self._inbox.peek(OPTION)
         if header is None:
             return NEED_DATA
@@ -214,6 +214,13 @@ class ServerHandshake:
             if option == Option.EXPORT_NAME:
                 raise self._broken(str(bad)) from None
             return self._refuse(option, bad.answer, str(bad))
+
+    def _answer_unread(self, option: int, length: int) -> ServerHandshakeEvent:
+        """Answer an option whose payload was thrown away. ABORT does not care what it brings."""
+        if option == Option.ABORT:
+            return self._on_abort(b"")
+        refusal = self._refused_whatever_it_says(option)
+        return self._refuse(option, *(refusal or (Answer.ERR_TOO_BIG, f"{length} bytes are too many for an option")))
 
     def _refused_whatever_it_says(self, option: int) -> tuple[Answer, str] | None:
         if self._stopping:

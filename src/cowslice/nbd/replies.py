@@ -14,7 +14,6 @@ from cowslice.errors import LocalProtocolError
 from cowslice.nbd.buffer import Bytes
 from cowslice.nbd.events import Request, Session
 from cowslice.nbd.wire import (
-    CHUNK_IS_ERROR,
     ERROR,
     EXTENDED_EXTENT,
     EXTENDED_REPLY,
@@ -39,6 +38,8 @@ from cowslice.nbd.wire import (
     cut,
 )
 
+_DF = int(CommandFlag.DF)
+_REQ_ONE = int(CommandFlag.REQ_ONE)
 _ZEROES = memoryview(bytes(1 << 16))
 # The longest extent of a compact block status: as much as 32 bits can say in whole 64 KiB blocks.
 _LONGEST_COMPACT = U32_MAX & ~0xFFFF
@@ -120,7 +121,7 @@ class Replies:
         self._check_cover(request, pieces)
         if not request.length:
             return [self.done(request)]
-        whole = request.flags & CommandFlag.DF and len(pieces) > 1
+        whole = request.flags & _DF and len(pieces) > 1
         if self._mode is Mode.SIMPLE or whole:
             content = [buffer for piece in pieces for buffer in _content(piece)]
             return [self.data_header(request, request.offset, request.length), *content]
@@ -160,7 +161,7 @@ class Replies:
 
     def _fitting(self, request: Request, extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         joined: list[tuple[int, int]] = []
-        most = 1 if request.flags & CommandFlag.REQ_ONE else self._extents
+        most = 1 if request.flags & _REQ_ONE else self._extents
         covered = 0
         longest = (1 << 64) - 1 if self._mode is Mode.EXTENDED else _LONGEST_COMPACT
         for length, status in extents:
@@ -205,11 +206,6 @@ class Replies:
         if self._mode is Mode.SIMPLE or length > U32_MAX:
             raise LocalProtocolError(f"a chunk of {length} bytes cannot be sent in a {self._mode.name.lower()} reply")
         return STRUCTURED_REPLY.pack(STRUCTURED_REPLY_MAGIC, flags, chunk, request.cookie, length)
-
-
-def is_error(chunk: int) -> bool:
-    """Whether a chunk of this type says that the request failed."""
-    return bool(chunk & CHUNK_IS_ERROR)
 
 
 def _largest(layout: Struct) -> int:

@@ -6,7 +6,7 @@ each `next_event`; at most one payload within the export's limits is held, and w
 
 from __future__ import annotations
 
-from cowslice.errors import RemoteProtocolError
+from cowslice.errors import LocalProtocolError, RemoteProtocolError
 from cowslice.nbd.buffer import Bytes, Inbox
 from cowslice.nbd.events import NEED_DATA, BadRequest, Disconnect, Need, Request, Session
 from cowslice.nbd.requests import Fault, fault_of
@@ -60,7 +60,9 @@ class ServerTransmission:
         self._stopping = True
 
     def take_leftover(self) -> bytes:
-        """Every byte that belongs to no request yet, the incomplete one included."""
+        """Every byte that belongs to no request yet. Raises LocalProtocolError in the middle of a payload."""
+        if self._waiting is not None or self._refused is not None:
+            raise LocalProtocolError("a request is half read, its header is gone")
         return self._inbox.take_all()
 
     def next_event(self) -> ServerEvent:

@@ -9,6 +9,7 @@ import pytest
 
 from cowslice.errors import LocalProtocolError, RemoteProtocolError
 from cowslice.nbd import (
+    NEED_DATA,
     Accepted,
     BlockSizes,
     ClientHandshake,
@@ -349,6 +350,23 @@ def test_an_opening_falls_back_to_export_name() -> None:
     assert opening.data_to_send().endswith(b"\0\0\0\1\0\0\0\4disk")
     (event,) = feed_whole(opening, OLD_EXPORT.pack(4096, 1))
     assert isinstance(event, Ready)
+
+
+def test_an_opening_that_is_hung_up_on_says_during_what() -> None:
+    opening = Opening(Wish("disk", extended=False, structured=False))
+    feed_whole(opening, HELLO)
+    with pytest.raises(RemoteProtocolError, match="during GO"):
+        opening.receive_eof()
+    event, _ = opened(Wish("nothing"))
+    assert isinstance(event, Refused)
+
+
+def test_an_opening_that_is_over_does_not_mind_the_end() -> None:
+    opening = Opening(Wish("disk", extended=False, structured=False))
+    feed_whole(opening, HELLO)
+    feed_whole(opening, encode_answer(Option.GO, Answer.ERR_UNKNOWN))
+    opening.receive_eof()
+    assert opening.next_event() is NEED_DATA
 
 
 def test_an_opening_to_a_server_without_fixed_newstyle_uses_export_name_or_gives_up() -> None:

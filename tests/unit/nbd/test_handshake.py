@@ -509,6 +509,15 @@ def test_a_large_option_is_refused_without_being_stored() -> None:
 
 
 @pytest.mark.parametrize(
+    "option, answer", [(Option.ABORT, Answer.ACK), (Option.LIST, Answer.ERR_TLS_REQD), (4711, Answer.ERR_TLS_REQD)]
+)
+def test_what_an_option_means_counts_more_than_its_size(option: int, answer: Answer) -> None:
+    handshake = greeted(tls=TlsPolicy.REQUIRED)
+    feed_whole(handshake, encode_option(option, bytes(MAX_OPTION_KEPT + 1)))
+    assert last(handshake) == answer
+
+
+@pytest.mark.parametrize(
     "header", [OPTION.pack(OPTION_MAGIC, Option.LIST, MAX_OPTION + 1), OPTION.pack(OPTION_MAGIC + 1, 3, 0),
                OPTION.pack(OPTION_MAGIC, Option.EXPORT_NAME, 4097)],
 )  # fmt: skip

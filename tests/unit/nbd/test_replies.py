@@ -100,6 +100,13 @@ def test_what_a_style_cannot_say_is_our_own_fault() -> None:
         Replies(STRUCTURED).data_header(READ, 99, 2)
     with pytest.raises(LocalProtocolError):
         Replies(STRUCTURED).error(READ, NbdError.EIO, offset=111)
+    with pytest.raises(LocalProtocolError):
+        Replies(STRUCTURED).data_header(READ, 100, 0)
+    huge = replace(READ, length=1 << 33)
+    with pytest.raises(LocalProtocolError):
+        Replies(STRUCTURED).data_header(huge, 100, 1 << 32)
+    with pytest.raises(LocalProtocolError):
+        Replies(EXTENDED).hole(huge, 100, 1 << 32)
 
 
 def extents(session: Session, request: Request, found: list[tuple[int, int]]) -> list[tuple[int, int]]:

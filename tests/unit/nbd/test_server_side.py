@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cowslice.errors import RemoteProtocolError
+from cowslice.errors import LocalProtocolError, RemoteProtocolError
 from cowslice.nbd import (
     BadRequest,
     BlockSizes,
@@ -219,6 +219,16 @@ def test_what_cannot_be_understood_or_held_ends_the_connection(session: Session,
         feed_whole(transmission, message)
     with pytest.raises(RemoteProtocolError):
         feed_whole(transmission, compact(Command.READ))
+
+
+@pytest.mark.parametrize("session", [SESSION, READ_ONLY])
+def test_leftover_is_whole_messages_or_nothing(session: Session) -> None:
+    transmission = ServerTransmission(session)
+    feed_whole(transmission, compact(Command.WRITE, 0, 4) + b"da")
+    with pytest.raises(LocalProtocolError):
+        transmission.take_leftover()
+    feed_whole(transmission, b"ta" + TRAILING)
+    assert transmission.take_leftover() == TRAILING
 
 
 def test_one_event_takes_one_request_however_many_have_come() -> None:
