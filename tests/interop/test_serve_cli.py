@@ -68,7 +68,9 @@ def connect(place: str, **options: object) -> RawClient:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_it_says_where_it_listens_and_ends_cleanly_on_a_signal(image: Path, place: str, tmp_path: Path, number: int) -> None:
+def test_it_says_where_it_listens_and_ends_cleanly_on_a_signal(
+    image: Path, place: str, tmp_path: Path, number: int
+) -> None:
     pid_file = tmp_path / "pid"
     server = Running("-t", "-k", place, "--pid-file", pid_file, image)
     assert server.lines == [f"nbd+unix:///?socket={place}  512 KiB (524288 bytes), read-only, {image}"]

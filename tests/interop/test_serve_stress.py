@@ -110,15 +110,17 @@ class Rude:
 
 def storm(path: Path, place: str, *, compiled: bool, seconds: float, seed: int) -> int:
     """Let rude clients at a server; the number of reads that were right. What is left afterwards is a failure."""
-    with cowslice.open(path, l2_cache_size="64k") as disk:
-        with Server([Export(disk)], [listen_unix(place)], compiled=compiled, report=lambda what: None) as server:
-            until = time.monotonic() + seconds
-            rude = [Rude(place, seed * 100 + n, until) for n in range(CLIENTS)]
-            for one in rude:
-                one.thread.join(seconds + PATIENCE)
-                assert not one.thread.is_alive()
-                assert one.fault is None, one.fault
-            assert server.wait(0) is False
+    with (
+        cowslice.open(path, l2_cache_size="64k") as disk,
+        Server([Export(disk)], [listen_unix(place)], compiled=compiled, report=lambda what: None) as server,
+    ):
+        until = time.monotonic() + seconds
+        rude = [Rude(place, seed * 100 + n, until) for n in range(CLIENTS)]
+        for one in rude:
+            one.thread.join(seconds + PATIENCE)
+            assert not one.thread.is_alive()
+            assert one.fault is None, one.fault
+        assert server.wait(0) is False
     return sum(one.read for one in rude)
 
 
