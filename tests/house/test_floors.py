@@ -44,6 +44,9 @@ FEW_NEED = (
     "cowslice.ops.bitmaprefs",
     "cowslice.ops.claims",
     "cowslice.ops.mapsize",
+    "cowslice.storage.nbd",
+    "cowslice.storage.nbdtls",
+    "cowslice.storage.remote",
 )
 
 # The doors, whose business is to open a room only when somebody walks in: there everything may come late.

@@ -25,8 +25,8 @@ SURFACE = {
         TlsWish Wish export_flags
     """,
     "cowslice.storage": """
-        Counts CountingStorage FileStorage FsspecStorage LimitedStorage MemoryStorage Span Storage WindowStorage
-        WrappedStorage aligned_buffer local_path locate
+        Counts CountingStorage FileStorage FsspecStorage LimitedStorage MemoryStorage NbdStorage Span Storage
+        WindowStorage WrappedStorage aligned_buffer local_path locate
     """,
 }
 

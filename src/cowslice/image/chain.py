@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from cowslice.cache.slicemap import SliceCache, SliceMap
-from cowslice.errors import BadOption, MalformedImage, ReferenceRefused, StorageError, UnsupportedImage
+from cowslice.errors import BadOption, CowsliceError, MalformedImage, ReferenceRefused, UnsupportedImage
 from cowslice.format.header import Autoclear
 from cowslice.image.compressed import CompressedClusters, DecompressedCache
 from cowslice.image.gate import Role, pass_gate, resolve, root_of, shown
@@ -175,7 +175,7 @@ def _open_named(walk: _Walk, file: OpenedFile, role: Role, name: bytes, kind: st
     pass_gate(walk.options.gate, reference)
     try:
         return open_place(reference.target, walk.options, walk.stack)
-    except (StorageError, BadOption) as failure:
+    except CowsliceError as failure:
         # The message quotes a name that a stranger chose: no control character of it may reach a terminal.
         failure.args = (f"the {role.value} that '{shown(file.place.storage.name)}' names: {shown(str(failure))}",)
         raise

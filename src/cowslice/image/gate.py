@@ -125,6 +125,8 @@ def resolve(role: Role, name: str, format_name: str | None, *, image: str, root:
     if not image:
         raise refused(role, name, image, "it is relative, but the image was not opened by a name")
     if _is_url(image):
+        if image.lower().startswith("nbd"):
+            raise refused(role, name, image, "it is relative, and NBD exports have no folder")
         if set(name) & _URL_MEANING:
             raise refused(role, name, image, "it has characters that mean something else in a URL")
         return Reference(role, name, format_name, image, root, _join_url(image, name), local=False)

@@ -1,4 +1,4 @@
-"""Where the bytes of an image live: files, memory, anything remote, and wrappers that stack on them."""
+"""Where the bytes of an image live: files, memory, NBD exports, anything remote, and wrappers that stack on them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cowslice.storage.file import FileStorage
     from cowslice.storage.locate import local_path, locate
     from cowslice.storage.memory import MemoryStorage
+    from cowslice.storage.nbd import NbdStorage
     from cowslice.storage.remote import FsspecStorage
     from cowslice.storage.spans import Span
     from cowslice.storage.wrappers import CountingStorage, Counts, LimitedStorage, WindowStorage, WrappedStorage
@@ -23,6 +24,7 @@ __all__ = [
     "FsspecStorage",
     "LimitedStorage",
     "MemoryStorage",
+    "NbdStorage",
     "Span",
     "Storage",
     "WindowStorage",
@@ -39,6 +41,7 @@ _HOMES = {
     "local_path": "locate",
     "locate": "locate",
     "MemoryStorage": "memory",
+    "NbdStorage": "nbd",
     "FsspecStorage": "remote",
     "Span": "spans",
 }

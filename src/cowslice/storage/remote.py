@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from cowslice.errors import BadOption, CowsliceError, StorageError
 from cowslice.storage.base import Storage, check_span
-from cowslice.storage.spans import MergedRead
+from cowslice.storage.spans import MergedRead, batches
 from cowslice.units import KiB, MiB
 
 IN_FLIGHT = 32 * MiB  # bounds the memory of merged reads that are under way together
@@ -57,7 +57,7 @@ class FsspecStorage(Storage):
 
     def _fetch(self, reads: Sequence[MergedRead]) -> Iterator[tuple[MergedRead, bytes]]:
         """Fetch many ranges side by side, as many as may be in memory together."""
-        for batch in _batches(reads):
+        for batch in batches(reads, IN_FLIGHT):
             ends = [min(one.offset + one.length, self._length) for one in batch]
             asked = [(one.offset, end) for one, end in zip(batch, ends, strict=True) if end > one.offset]
             fetched = iter(self._fetch_ranges(asked))
@@ -168,19 +168,6 @@ def _reason(error: BaseException) -> str:
     if status := getattr(error, "status", 0):
         return f"the server answered {status} {getattr(error, 'message', '')}".rstrip()
     return _PASSWORD.sub(r"\1:***@", str(error)) or type(error).__name__
-
-
-def _batches(reads: Sequence[MergedRead]) -> Iterator[list[MergedRead]]:
-    batch: list[MergedRead] = []
-    total = 0
-    for one in reads:
-        if batch and total + one.length > IN_FLIGHT:
-            yield batch
-            batch, total = [], 0
-        batch.append(one)
-        total += one.length
-    if batch:
-        yield batch
 
 
 def _without_compression(client: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ A merged read covers every span it was made from, and none is larger than `most`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -53,3 +53,17 @@ def plan_merged_reads(spans: Sequence[tuple[int, int]], *, gap: int, most: int) 
     if members:
         merged.append(MergedRead(start, end - start, tuple(members)))
     return merged
+
+
+def batches(reads: Sequence[MergedRead], most: int) -> Iterator[list[MergedRead]]:
+    """Cut a list of reads into lists of at most `most` bytes together, or of one read that is larger."""
+    batch: list[MergedRead] = []
+    total = 0
+    for one in reads:
+        if batch and total + one.length > most:
+            yield batch
+            batch, total = [], 0
+        batch.append(one)
+        total += one.length
+    if batch:
+        yield batch

@@ -80,7 +80,9 @@ def test_further_folders_are_permitted_when_given(tmp_path: Path) -> None:
     assert permits(FolderGate([tmp_path / "bases"]), reference)
 
 
-@pytest.mark.parametrize("name", ["nbd://host/x", "https://host/x", "file:///etc/passwd", "file:x", "ssh:x", "fat:dir"])
+@pytest.mark.parametrize(
+    "name", ["nbd://host/x", "NBDS://host/x", "nbd+unix:///?socket=/run/s", "nbd:host:10809", "https://host/x",
+             "file:///etc/passwd", "file:x", "ssh:x", "fat:dir"])
 @pytest.mark.parametrize("gate", [FolderGate(), PermitGate(), DenyGate()])
 def test_protocol_names_are_denied_by_every_gate_that_does_not_name_them(
         tmp_path: Path, name: str, gate: Gate) -> None:
@@ -131,6 +133,16 @@ def test_a_relative_name_does_not_climb_out_of_a_remote_folder(name: str) -> Non
 def test_characters_that_a_server_may_read_otherwise_are_refused(name: str) -> None:
     with pytest.raises(ReferenceRefused, match="URL"):
         named(name, "https://host/images/top.qcow2")
+
+
+@pytest.mark.parametrize("image", ["nbd://host/top", "nbd://host", "nbd+unix:///?socket=/run/images/s", "NBDS://host/x"])
+def test_a_relative_name_leads_nowhere_from_an_nbd_export(image: str) -> None:
+    with pytest.raises(ReferenceRefused, match="no folder"):
+        named("base.raw", image)
+
+
+def test_an_image_behind_an_nbd_server_reaches_no_local_file() -> None:
+    assert not permits(FolderGate(), named("/etc/passwd", "nbd+unix:///?socket=/etc/s"))
 
 
 def test_an_absolute_url_is_denied_even_if_it_begins_like_the_folder() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from cowslice.errors import BadOption, Locked, ReadOnly, StorageError
 from cowslice.storage import FileStorage, FsspecStorage, local_path, locate
+from cowslice.storage.file import Mode
 
 
 @pytest.fixture
@@ -59,13 +60,44 @@ def test_a_path_object_is_a_path_whatever_it_looks_like() -> None:
     assert local_path(Path("json:x")) == "json:x"
 
 
-@pytest.mark.parametrize(
-    "name", ["json:{'driver':'qcow2'}", "nbd:host:10809", "nbd://host", "nbd+unix:///?socket=s", "NBDS://host"]
-)
+@pytest.mark.parametrize("name", ["json:{'driver':'qcow2'}", "nbd:host:10809", "nbd:unix:/run/s", "nbd+unix:/x"])
 def test_devices_and_descriptions_are_refused_with_a_way_out(name: str) -> None:
     with pytest.raises(BadOption, match="expected a path or a URL") as refused:
         locate(name)
     assert f"./{name}" in str(refused.value)
+
+
+def test_the_old_way_to_name_an_nbd_export_is_answered_with_the_new_one() -> None:
+    with pytest.raises(BadOption, match=r"nbd://HOST\[:PORT\]/EXPORT or nbd\+unix:///EXPORT\?socket=PATH"):
+        locate("nbd:localhost:10809:exportname=disk")
+
+
+@pytest.mark.parametrize("name", ["nbd://host", "nbd+unix:///?socket=s", "NBDS://host/x", "nbds+unix:///x?socket=/s"])
+def test_an_nbd_uri_is_a_url(name: str) -> None:
+    assert local_path(name) is None
+
+
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_an_nbd_uri_is_opened_over_nbd(mode: Mode) -> None:
+    with pytest.raises(StorageError, match=r"cannot open 'nbd\+unix:///\?socket=/nowhere/at/all': No such file"):
+        locate("nbd+unix:///?socket=/nowhere/at/all", mode)
+
+
+def test_an_nbd_export_takes_options_of_its_own() -> None:
+    with pytest.raises(BadOption, match=r"\['anon'\], expected some of ca, cert, key"):
+        locate("nbd://localhost", options={"anon": True})
+    with pytest.raises(BadOption, match="timeout is 0"):
+        locate("nbd://localhost", options={"timeout": 0})
+
+
+def test_an_nbd_export_is_never_made() -> None:
+    with pytest.raises(BadOption, match="mode is 'w'"):
+        locate("nbd://localhost", "w")
+
+
+def test_an_nbd_export_has_no_direct_io() -> None:
+    with pytest.raises(BadOption, match="direct"):
+        locate("nbd://localhost", direct=True)
 
 
 def test_a_url_opens_over_fsspec() -> None:
