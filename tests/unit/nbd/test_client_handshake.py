@@ -45,17 +45,11 @@ from cowslice.nbd.wire import (
     Mode,
     Option,
 )
-from tests.unit.nbd.talk import TRAILING, WAYS, Disk, Server, drain, feed_bytes, feed_trailing, feed_whole
+from tests.unit.nbd.talk import TRAILING, Disk, Server, drain, feed_bytes, feed_trailing, feed_whole
 
 Feed = Callable[[Any, bytes], list[Any]]
 HELLO = GREETING.pack(NBD_MAGIC, OPTION_MAGIC, 3)
 SIZED = encode_answer(Option.GO, Answer.INFO, encode_export_info(4096, 1))
-
-
-@pytest.fixture(params=WAYS, ids=lambda way: way.__name__)
-def feed(request: pytest.FixtureRequest) -> Feed:
-    way: Feed = request.param
-    return way
 
 
 def greeted(hello: bytes = HELLO) -> ClientHandshake:

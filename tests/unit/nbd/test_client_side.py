@@ -29,7 +29,7 @@ from cowslice.nbd.wire import (
     Mode,
     NbdError,
 )
-from tests.unit.nbd.talk import PAYLOAD, WAYS, compact, extended, feed_whole
+from tests.unit.nbd.talk import PAYLOAD, compact, extended, feed_whole
 
 SIZE = 1 << 20
 FLAGS = export_flags(writable=True)
@@ -39,12 +39,6 @@ STRUCTURED = replace(SIMPLE, mode=Mode.STRUCTURED, flags=FLAGS | ExportFlag.SEND
 EXTENDED = replace(STRUCTURED, mode=Mode.EXTENDED, flags=STRUCTURED.flags | ExportFlag.BLOCK_STATUS_PAYLOAD)
 
 Feed = Callable[[Any, bytes], list[Any]]
-
-
-@pytest.fixture(params=WAYS, ids=lambda way: way.__name__)
-def feed(request: pytest.FixtureRequest) -> Feed:
-    way: Feed = request.param
-    return way
 
 
 def simple(payload: bytes = b"", *, error: int = 0, cookie: int = 1) -> bytes:

@@ -2,93 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from cowslice.errors import LocalProtocolError, RemoteProtocolError
 from cowslice.nbd import (
-    NEED_DATA,
     Aborted,
     BlockSizes,
-    Context,
     Export,
-    Negotiated,
     OptionAnswered,
     ServerHandshake,
-    StartTls,
     TlsPolicy,
     export_flags,
 )
-from cowslice.nbd.options import ContextWish, ExportWish, encode_context_wish, encode_export_wish, encode_option
+from cowslice.nbd.options import encode_option
 from cowslice.nbd.wire import (
-    ALLOCATION_DEPTH,
-    BASE_ALLOCATION,
     CLIENT_FLAGS,
-    MAX_CONTEXTS,
     MAX_OPTION,
     MAX_OPTION_KEPT,
     MAX_OPTIONS,
-    MAX_QUERIES,
     OPTION,
     OPTION_MAGIC,
-    OPTION_REPLY,
     Answer,
     ExportFlag,
     Mode,
     Option,
 )
-from tests.unit.nbd.talk import FIXED, TRAILING, WAYS, drain, feed_trailing, feed_whole
-
-BITMAP = "qemu:dirty-bitmap:monday"
-DISK = Export("disk", 1 << 20, description="a disk", contexts=(BASE_ALLOCATION, ALLOCATION_DEPTH, BITMAP))
-OTHER = Export("other", 4096, export_flags(writable=True, multi_conn=True))
-
-Feed = Callable[[Any, bytes], list[Any]]
-
-
-@pytest.fixture(params=WAYS, ids=lambda way: way.__name__)
-def feed(request: pytest.FixtureRequest) -> Feed:
-    way: Feed = request.param
-    return way
-
-
-def greeted(*exports: Export, flags: bytes = FIXED, **policy: Any) -> ServerHandshake:
-    """A server that has the client's flags."""
-    handshake = ServerHandshake(exports or (DISK, OTHER), **policy)
-    handshake.data_to_send()
-    handshake.receive(flags)
-    assert handshake.next_event() is NEED_DATA
-    return handshake
-
-
-def answers(handshake: ServerHandshake) -> list[tuple[int, bytes]]:
-    """Type and payload of every answer that waits to be sent."""
-    data, found = handshake.data_to_send(), []
-    while data:
-        _, _, answer, length = OPTION_REPLY.unpack_from(data)
-        found.append((answer, data[OPTION_REPLY.size : OPTION_REPLY.size + length]))
-        data = data[OPTION_REPLY.size + length :]
-    return found
-
-
-def last(handshake: ServerHandshake) -> int:
-    return answers(handshake)[-1][0]
-
-
-def go(name: str, *wanted: int, option: Option = Option.GO) -> bytes:
-    return encode_option(option, encode_export_wish(ExportWish(name, frozenset(wanted))))
-
-
-def contexts(option: Option, name: str, *queries: str) -> bytes:
-    return encode_option(option, encode_context_wish(ContextWish(name, queries)))
-
-
-def negotiated(handshake: ServerHandshake, message: bytes, feed: Feed = feed_whole) -> Negotiated:
-    (event,) = feed(handshake, message)
-    assert isinstance(event, Negotiated)
-    return event
+from tests.unit.nbd.handshakes import DISK, Feed, answers, go, greeted, last, negotiated
+from tests.unit.nbd.talk import TRAILING, drain, feed_trailing, feed_whole
 
 
 def test_the_greeting_offers_fixed_newstyle_without_zeroes() -> None:
@@ -292,197 +234,6 @@ def test_an_export_that_requires_its_sizes_cannot_be_had_by_export_name() -> Non
 def test_impossible_block_sizes_are_our_own_fault(sizes: tuple[int, int, int]) -> None:
     with pytest.raises(LocalProtocolError):
         BlockSizes(*sizes)
-
-
-# Metadata contexts
-
-
-@pytest.mark.parametrize(
-    "queries, listed",
-    [
-        ((), DISK.contexts),
-        (("base:",), (BASE_ALLOCATION,)),
-        (("base:allocation",), (BASE_ALLOCATION,)),
-        (("qemu:",), (ALLOCATION_DEPTH, BITMAP)),
-        (("qemu:dirty-bitmap:",), (BITMAP,)),
-        ((BITMAP, BITMAP, "qemu:"), (ALLOCATION_DEPTH, BITMAP)),
-        (("qemu:dirty-bitmap:mon", "base", "", "x:", "base:alloc"), ()),
-    ],
-)
-def test_contexts_are_listed_by_name_and_by_prefix(
-    feed: Feed, queries: tuple[str, ...], listed: tuple[str, ...]
-) -> None:
-    handshake = greeted()
-    feed(handshake, contexts(Option.LIST_META_CONTEXT, "disk", *queries))
-    *found, end = answers(handshake)
-    assert found == [(Answer.META_CONTEXT, bytes(4) + name.encode()) for name in listed]
-    assert end == (Answer.ACK, b"")
-
-
-def structured() -> ServerHandshake:
-    handshake = greeted()
-    feed_whole(handshake, encode_option(Option.STRUCTURED_REPLY))
-    handshake.data_to_send()
-    return handshake
-
-
-def test_contexts_are_selected_by_name_only(feed: Feed) -> None:
-    handshake = structured()
-    feed(handshake, contexts(Option.SET_META_CONTEXT, "disk", "base:", "qemu:", BITMAP, BASE_ALLOCATION, BITMAP, "?"))
-    assert answers(handshake) == [
-        (Answer.META_CONTEXT, b"\0\0\0\0base:allocation"), (Answer.META_CONTEXT, b"\0\0\0\2" + BITMAP.encode()),
-        (Answer.ACK, b""),
-    ]  # fmt: skip
-
-
-def test_selected_contexts_go_into_the_session() -> None:
-    handshake = structured()
-    feed_whole(handshake, contexts(Option.SET_META_CONTEXT, "disk", BITMAP))
-    assert negotiated(handshake, go("disk")).session.contexts == (Context(2, BITMAP),)
-
-
-def test_contexts_with_extended_headers_allow_to_choose_among_them() -> None:
-    handshake = greeted()
-    feed_whole(handshake, encode_option(Option.EXTENDED_HEADERS))
-    feed_whole(handshake, contexts(Option.SET_META_CONTEXT, "disk", BITMAP))
-    assert negotiated(handshake, go("disk")).session.flags & ExportFlag.BLOCK_STATUS_PAYLOAD
-
-
-@pytest.mark.parametrize(
-    "second", [contexts(Option.SET_META_CONTEXT, "disk"), contexts(Option.SET_META_CONTEXT, "nothing", "base:x"),
-               encode_option(Option.SET_META_CONTEXT, b"broken")],
-)  # fmt: skip
-def test_every_new_selection_replaces_the_old_one_even_when_it_fails(second: bytes) -> None:
-    handshake = structured()
-    feed_whole(handshake, contexts(Option.SET_META_CONTEXT, "disk", BITMAP))
-    feed_whole(handshake, second)
-    assert negotiated(handshake, go("disk")).session.contexts == ()
-
-
-def test_contexts_of_another_export_are_dropped() -> None:
-    handshake = structured()
-    feed_whole(handshake, contexts(Option.SET_META_CONTEXT, "other", BASE_ALLOCATION))
-    assert negotiated(handshake, go("disk")).session.contexts == ()
-
-
-def test_contexts_need_structured_replies_to_be_selected_not_to_be_listed() -> None:
-    handshake = greeted()
-    feed_whole(handshake, contexts(Option.LIST_META_CONTEXT, "disk"))
-    assert last(handshake) == Answer.ACK
-    feed_whole(handshake, contexts(Option.SET_META_CONTEXT, "disk", BASE_ALLOCATION))
-    assert last(handshake) == Answer.ERR_INVALID
-
-
-def test_contexts_of_an_unknown_export_are_refused() -> None:
-    handshake = structured()
-    for option in (Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT):
-        feed_whole(handshake, contexts(option, "nothing"))
-        assert last(handshake) == Answer.ERR_UNKNOWN
-
-
-@pytest.mark.parametrize(
-    "payload", [b"", b"\0\0\0\4disk", b"\0\0\0\4disk\0\0\0\1", b"\0\0\0\4disk\0\0\0\1\0\0\0\5base",
-                b"\0\0\0\4disk\0\0\0\0x", b"\0\0\0\4disk\xff\xff\xff\xff"],
-)  # fmt: skip
-def test_malformed_queries_are_refused(payload: bytes) -> None:
-    handshake = structured()
-    feed_whole(handshake, encode_option(Option.LIST_META_CONTEXT, payload))
-    assert last(handshake) in (Answer.ERR_INVALID, Answer.ERR_TOO_BIG)
-
-
-def test_too_many_queries_and_too_many_contexts_are_too_big() -> None:
-    names = tuple(f"x:{number}" for number in range(MAX_CONTEXTS + 1))
-    handshake = greeted(Export("many", 512, contexts=names))
-    feed_whole(handshake, encode_option(Option.STRUCTURED_REPLY))
-    feed_whole(handshake, contexts(Option.SET_META_CONTEXT, "many", *names))
-    assert last(handshake) == Answer.ERR_TOO_BIG
-    feed_whole(handshake, contexts(Option.LIST_META_CONTEXT, "many", *["x:1"] * (MAX_QUERIES + 1)))
-    assert last(handshake) == Answer.ERR_TOO_BIG
-
-
-# TLS
-
-
-def test_tls_is_refused_where_it_is_off(feed: Feed) -> None:
-    handshake = greeted()
-    feed(handshake, encode_option(Option.STARTTLS))
-    assert last(handshake) == Answer.ERR_POLICY
-
-
-@pytest.mark.parametrize("policy", [TlsPolicy.OFFERED, TlsPolicy.REQUIRED])
-def test_starttls_asks_for_the_upgrade_and_forgets_what_was_agreed_on(policy: TlsPolicy) -> None:
-    handshake = greeted(tls=policy)
-    feed_whole(handshake, encode_option(Option.STRUCTURED_REPLY))
-    feed_whole(handshake, contexts(Option.SET_META_CONTEXT, "disk", BASE_ALLOCATION))
-    assert feed_whole(handshake, encode_option(Option.STARTTLS)) == [StartTls()]
-    assert last(handshake) == Answer.ACK
-    handshake.tls_started()
-    session = negotiated(handshake, go("disk")).session
-    assert (session.mode, session.contexts, session.tls) == (Mode.SIMPLE, (), True)
-
-
-@pytest.mark.parametrize("option", set(Option) - {Option.STARTTLS, Option.ABORT, Option.EXPORT_NAME} | {77})
-def test_where_tls_is_required_every_other_option_says_so(option: int) -> None:
-    handshake = greeted(tls=TlsPolicy.REQUIRED)
-    feed_whole(handshake, encode_option(option, b"whatever"))
-    assert last(handshake) == Answer.ERR_TLS_REQD
-
-
-def test_where_tls_is_required_abort_works_and_export_name_ends_the_connection() -> None:
-    assert feed_whole(greeted(tls=TlsPolicy.REQUIRED), encode_option(Option.ABORT)) == [Aborted()]
-    with pytest.raises(RemoteProtocolError, match="TLS"):
-        feed_whole(greeted(tls=TlsPolicy.REQUIRED), encode_option(Option.EXPORT_NAME, b"disk"))
-
-
-def test_bytes_behind_starttls_in_clear_are_never_taken_for_encrypted_ones() -> None:
-    handshake = greeted(tls=TlsPolicy.REQUIRED)
-    with pytest.raises(RemoteProtocolError, match="in clear"):
-        feed_whole(handshake, encode_option(Option.STARTTLS) + go("disk"))
-
-
-def test_bytes_before_the_tls_handshake_in_clear_are_never_taken_for_encrypted_ones() -> None:
-    handshake = greeted(tls=TlsPolicy.REQUIRED)
-    feed_whole(handshake, encode_option(Option.STARTTLS))
-    handshake.receive(go("disk"))
-    with pytest.raises(RemoteProtocolError, match="in clear"):
-        handshake.tls_started()
-
-
-def test_tls_starts_once() -> None:
-    handshake = greeted(tls=TlsPolicy.OFFERED)
-    with pytest.raises(LocalProtocolError):
-        handshake.tls_started()
-    feed_whole(handshake, encode_option(Option.STARTTLS))
-    handshake.tls_started()
-    feed_whole(handshake, encode_option(Option.STARTTLS))
-    assert last(handshake) == Answer.ERR_INVALID
-
-
-SECRET = Export("secret", 512, tls_only=True)
-
-
-def test_an_export_for_tls_only_cannot_be_told_from_none_in_clear() -> None:
-    handshake = greeted(DISK, SECRET, tls=TlsPolicy.OFFERED)
-    for name in ("secret", "nothing"):
-        feed_whole(handshake, go(name))
-        assert answers(handshake) == [(Answer.ERR_TLS_REQD, b"this needs TLS")]
-    feed_whole(handshake, encode_option(Option.LIST))
-    assert len(answers(handshake)) == 2
-    feed_whole(handshake, contexts(Option.LIST_META_CONTEXT, "secret"))
-    assert last(handshake) == Answer.ERR_UNKNOWN
-    assert negotiated(handshake, go("disk")).export is DISK
-
-
-def test_an_export_for_tls_only_is_had_with_tls() -> None:
-    handshake = greeted(DISK, SECRET, tls=TlsPolicy.OFFERED)
-    feed_whole(handshake, encode_option(Option.STARTTLS))
-    handshake.tls_started()
-    assert negotiated(handshake, go("secret")).export is SECRET
-
-
-def test_an_export_for_tls_only_needs_a_server_with_tls() -> None:
-    with pytest.raises(LocalProtocolError):
-        ServerHandshake([SECRET])
 
 
 # Limits and endings

@@ -20,7 +20,7 @@ from cowslice.nbd import (
     export_flags,
 )
 from cowslice.nbd.wire import MAX_PAYLOAD, U32, U64, Command, CommandFlag, ExportFlag, Mode, NbdError
-from tests.unit.nbd.talk import PAYLOAD, TRAILING, WAYS, compact, drain, extended, feed_trailing, feed_whole
+from tests.unit.nbd.talk import PAYLOAD, TRAILING, compact, drain, extended, feed_trailing, feed_whole
 
 SIZE = 1 << 20
 WRITABLE = export_flags(writable=True) | ExportFlag.SEND_DF
@@ -30,12 +30,6 @@ READ_ONLY = replace(SESSION, flags=export_flags(writable=False))
 ALIGNED = replace(SESSION, block_sizes=BlockSizes(512, 4096, 65536), size=SIZE + 100)
 
 Feed = Callable[[Any, bytes], list[Any]]
-
-
-@pytest.fixture(params=WAYS, ids=lambda way: way.__name__)
-def feed(request: pytest.FixtureRequest) -> Feed:
-    way: Feed = request.param
-    return way
 
 
 def only(session: Session, message: bytes, feed: Feed = feed_whole) -> Any:
