@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -164,6 +166,47 @@ def test_a_pid_file_of_a_running_server_is_not_taken(image: Path, place: str, tm
     assert not os.path.exists(f"{place}-2")
     assert int((tmp_path / "pid").read_text()) == server.process.pid
     assert server.end()[0] == 0
+
+
+def test_what_it_counts_is_shown(image: Path, place: str) -> None:
+    server = Running("-t", "-k", place, "--metrics", "0", image, lines=2)
+    url, what = server.lines[1].split("  ")
+    assert what == "metrics"
+    client = connect(place)
+    client.read(0, 4096)
+    client.socket.close()
+    with urllib.request.urlopen(f"{url}metrics", timeout=PATIENCE) as answer:
+        text = answer.read().decode()
+    assert 'cowslice_requests_total{export="",command="read"} 1' in text
+    assert server.end()[0] == 0
+
+
+def test_sockets_of_the_system_are_taken(image: Path, place: str) -> None:
+    code = ("import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ.update(LISTEN_FDS='1', "
+            "LISTEN_PID=str(os.getpid())); os.execv(sys.executable, [sys.executable, *sys.argv[2:]])")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as bound:
+        bound.bind(place)
+        bound.listen()
+        number = bound.fileno()
+
+        def start(*more: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-c", code, str(number), *SERVE[1:], *more, str(image)]
+            return subprocess.run(command, pass_fds=[number], capture_output=True, text=True, timeout=PATIENCE)
+
+        waiting = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        waiting.connect(place)  # it waits in the queue, as with a server that is started on demand
+        reading = threading.Thread(target=lambda: _read_and_leave(waiting))
+        reading.start()
+        served, refused = start(), start("-k", "/tmp/elsewhere")
+        reading.join()
+    assert served.stdout.startswith(f"nbd+unix:///?socket={place}")
+    assert (served.returncode, refused.returncode) == (0, 64)
+    os.unlink(place)
+
+
+def _read_and_leave(connected: socket.socket) -> None:
+    with connected:
+        assert RawClient(connected).read(0, 9).data == CONTENT[:9]
 
 
 @peers.needs("qemu-img", "qemu-io")

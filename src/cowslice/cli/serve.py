@@ -29,6 +29,7 @@ Examples:
   cowslice serve -t -k /run/vm.sock -l before-upgrade vm.qcow2
   cowslice serve -t -k /run/vm.sock -A -B daily vm.qcow2
   cowslice serve -t --tls-creds /etc/pki/qemu vm.qcow2
+  cowslice serve -t -k /run/vm.sock --metrics 9184 vm.qcow2
   cowslice serve -L -k /run/vm.sock                  (what a server offers)
 
 \b
@@ -76,6 +77,8 @@ Exit status: 0 ended as it should, 1 failed, 64 usage."""
               help="Requests of one client under way at once.")
 @click.option("--max-in-flight-bytes", default="64M", show_default=True, metavar="SIZE",
               help="What they may add up to.")
+@click.option("--metrics", metavar="[HOST:]PORT",
+              help="Show counts for people, and at /metrics for Prometheus, at this HTTP address.")
 @click.option("--fork", is_flag=True, help="Go into the background once clients can connect.")
 @click.option("--pid-file", metavar="PATH", help="Keep the process number in this file.")
 @click.option("-L", "--list", "listing", is_flag=True, help="List what the server at -k, or -b and -p, offers.")
@@ -114,8 +117,11 @@ def _serve(images: tuple[str, ...], wanted: Wanted) -> int | None:
     with ended_by_signals(), ExitStack() as stack:
         server = _start(images, wanted, stack)
         stack.enter_context(pid_file(wanted.pid_file))
+        lines = _where(server)
+        if wanted.metrics is not None:
+            lines.append(f"{_show_metrics(wanted.metrics, server, stack)}  metrics")
         if not wanted.quiet:
-            for line in _where(server):
+            for line in lines:
                 say(line)
         sys.stdout.flush()
         if background is not None:
@@ -157,6 +163,13 @@ def _listen(wanted: Wanted) -> list[Listener]:
         return inherited
     place = address(wanted, any_host="0.0.0.0")
     return [listen_unix(place)] if isinstance(place, str) else listen_tcp(*place)
+
+
+def _show_metrics(place: str, server: Server, stack: ExitStack) -> str:
+    """Begin to show what the server counts; the URL."""
+    from cowslice.serve.page import MetricsServer
+
+    return stack.enter_context(MetricsServer(place, server.metrics)).url
 
 
 def _where(server: Server) -> list[str]:

@@ -51,6 +51,7 @@ class Wanted:
     max_request: str
     max_in_flight: int
     max_in_flight_bytes: str
+    metrics: str | None
     fork: bool
     pid_file: str | None
     listing: bool

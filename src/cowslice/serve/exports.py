@@ -1,12 +1,13 @@
 """What a client can ask for by name: an open image, its description, and what can be said about its parts.
 
 It knows no socket and encodes nothing. Bitmaps are read where they are asked, never as a whole: one may be larger than
-memory; a description of parts is bounded in extents and in the pieces looked at, and always makes progress.
+memory; a description of parts is bounded in extents and in time, and always makes progress.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from cowslice.image.image import Image
     from cowslice.image.mapping import Extent
 
-MOST_LOOKED_AT = 1 << 15  # extents of an image behind one reply: some tenths of a second of one thread, then it ends
+MOST_SECONDS = 0.25  # that one description may take; a client asks on from where it ends
+WINDOW = 1 << 12  # clusters that are looked at before the clock is: some 20 ms where every one is an extent of its own
+RAW_CLUSTER = 1 << 16  # of a raw file, which has none
 
 State = tuple[int, int]  # length in bytes, flags
 
@@ -98,15 +101,21 @@ class Export:
 
     def _pieces(self, context: str, offset: int, length: int) -> Iterator[State]:
         if context == BASE_ALLOCATION:
-            for extent in self.disk.extents(offset, length):
+            for extent in self._extents(offset, length):
                 hole, zero = not extent.data, extent.zero
                 yield extent.length, (STATE_HOLE if hole else 0) | (STATE_ZERO if zero else 0)
         elif context == ALLOCATION_DEPTH:
-            for extent in self.disk.extents(offset, length):
+            for extent in self._extents(offset, length):
                 yield extent.length, self._depth(extent)
         else:
             yield from self._bitmaps[context].states(offset, length)
 
+
+    def _extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """The extents of the span, from time to time cut where nothing changes: joining them has no end of its own."""
+        cluster = self.disk.geometry.cluster_size if self.disk.geometry else RAW_CLUSTER
+        for start in range(offset, offset + length, WINDOW * cluster):
+            yield from self.disk.extents(start, min(WINDOW * cluster, offset + length - start))
 
     def _depth(self, extent: Extent) -> int:
         """The layer that answers, from 1 for the top one, 0 for none."""
@@ -137,13 +146,16 @@ def find_bitmap(disk: Image, name: str) -> ExportedBitmap:
 
 
 def _joined(pieces: Iterable[State], most: int) -> list[State]:
+    """Neighbours that are alike as one, at most `most` of them, as far as the time reaches."""
     states: list[State] = []
     total = flags = 0
-    for looked_at, (length, found) in enumerate(pieces):
-        if total and (found != flags or looked_at >= MOST_LOOKED_AT):
+    end = time.monotonic() + MOST_SECONDS
+    for length, found in pieces:
+        late = time.monotonic() > end
+        if total and (found != flags or late):
             states.append((total, flags))
             total = 0
-            if len(states) >= most or looked_at >= MOST_LOOKED_AT:
+            if len(states) >= most or late:
                 return states
         total, flags = total + length, found
     return [*states, (total, flags)] if total else states

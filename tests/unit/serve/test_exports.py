@@ -36,10 +36,15 @@ def test_no_more_states_are_given_than_asked_for() -> None:
 
 
 def test_a_long_description_ends_early_but_never_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exports, "MOST_LOOKED_AT", 3)
-    with cowslice.open(in_memory(model("N.N.N.N.N."))) as disk:
-        states = Export(disk).states(BASE_ALLOCATION, 0, 10 * K, most=99)
-    assert states == [(K, 0), (K, HOLE_AND_ZERO), (K, 0)]
+    monkeypatch.setattr(exports, "MOST_SECONDS", -1)
+    monkeypatch.setattr(exports, "WINDOW", 2)
+    with cowslice.open(in_memory(model("N.N.NNNNNN"))) as disk:
+        export, found, at = Export(disk), [], 0
+        while at < disk.size:
+            (state,) = export.states(BASE_ALLOCATION, at, disk.size - at, most=99)
+            found.append(state)
+            at += state[0]
+    assert found == [(K, 0), (K, 3), (K, 0), (K, 3), (2 * K, 0), (2 * K, 0), (2 * K, 0)]
 
 
 def test_stored_covers_the_span_exactly() -> None:
