@@ -10,6 +10,7 @@ import contextlib
 import json
 import random
 import socket
+import ssl
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -26,14 +27,17 @@ from cowslice.nbd import (
     Opening,
     Ready,
     Refused,
+    StartTls,
+    TlsWish,
     Wish,
     export_flags,
 )
-from cowslice.nbd.wire import ALLOCATION_DEPTH, BASE_ALLOCATION, Mode, NbdError, Option
+from cowslice.nbd.wire import ALLOCATION_DEPTH, BASE_ALLOCATION, Answer, Mode, NbdError, Option
 from cowslice.testing import peers
 from cowslice.testing.peers import needs
 from cowslice.units import KiB, MiB
 from tests.unit.nbd.talk import Disk, Server
+from tests.unit.serve.certificates import Authority
 
 SIZE = 4 * MiB
 BITMAP = "qemu:dirty-bitmap:monday"
@@ -184,13 +188,18 @@ def test_an_error_of_ours_arrives_as_what_it_is() -> None:
 class Client:
     """A session with a server, one request at a time."""
 
-    def __init__(self, uri: str, wish: Wish) -> None:
+    def __init__(self, uri: str, wish: Wish, tls: ssl.SSLContext | None = None) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(uri.split("socket=")[1])
         opening = Opening(wish)
-        while (event := opening.next_event()) is NEED_DATA:
+        while (event := opening.next_event()) is NEED_DATA or isinstance(event, StartTls):
             self._socket.sendall(opening.data_to_send())
-            opening.receive(self._socket.recv(4096))
+            if isinstance(event, StartTls):
+                assert tls is not None
+                self._socket = tls.wrap_socket(self._socket, server_hostname="localhost")
+                opening.tls_started()
+            else:
+                opening.receive(self._socket.recv(4096))
         self._socket.sendall(opening.data_to_send())
         self.refused = event if isinstance(event, Refused) else None
         if isinstance(event, Ready):
@@ -307,6 +316,27 @@ def test_an_error_of_nbdkit_arrives_as_what_it_is() -> None:
     with peers.nbdkit(*filters) as uri, Client(uri, Wish("disk")) as client:
         assert client.finish(client.nbd.read(0, memoryview(bytearray(512)))).error is NbdError.ENOSPC
         assert client.finish(client.nbd.flush()).error is None
+
+
+@needs("nbdkit")
+@pytest.mark.parametrize("policy", ["on", "require"])
+def test_we_upgrade_to_tls_with_nbdkit(tmp_path: Path, policy: str) -> None:
+    Authority.new("authority").put(tmp_path, side="server")
+    tls = ssl.create_default_context(cafile=str(tmp_path / "ca-cert.pem"))
+    options = (f"--tls={policy}", f"--tls-certificates={tmp_path}", "memory", str(SIZE))
+    wish = Wish("disk", tls=TlsWish.ALWAYS)
+    with peers.nbdkit(*options) as uri, Client(uri, wish, tls) as client:
+        assert client.nbd.session.tls
+        assert client.read(0, 512) == bytes(512)
+
+
+@needs("nbdkit")
+def test_nbdkit_refuses_us_in_clear_where_tls_is_a_duty(tmp_path: Path) -> None:
+    Authority.new("authority").put(tmp_path, side="server")
+    options = ("--tls=require", f"--tls-certificates={tmp_path}", "memory", str(SIZE))
+    with peers.nbdkit(*options) as uri, Client(uri, Wish("disk")) as client:
+        assert client.refused is not None
+        assert client.refused.answer == Answer.ERR_TLS_REQD
 
 
 @needs("nbdkit")

@@ -16,6 +16,7 @@ from cowslice.nbd.wire import (
     MAX_PAYLOAD,
     MAX_SIZE,
     MAX_STRING,
+    U16_MAX,
     U32_MAX,
     Answer,
     ExportFlag,
@@ -103,6 +104,8 @@ class Export:
     def __post_init__(self) -> None:
         if not 0 <= self.size <= MAX_SIZE:
             raise LocalProtocolError(f"export '{shown(self.name)}' has size {self.size}, expected 0 to {MAX_SIZE}")
+        if not 0 <= self.flags <= U16_MAX:
+            raise LocalProtocolError(f"export '{shown(self.name)}' has flags {self.flags:#x}, expected 16 bits")
         for text in (self.name, self.description, *self.contexts):
             check_string(text)
         if len(set(self.contexts)) < len(self.contexts) or not all(":" in context for context in self.contexts):

@@ -51,6 +51,7 @@ MAX_STATUS_EXTENTS = 1 << 17  # in one chunk: 1 MiB of compact descriptors; the 
 MAX_STATUS_EXTENTS_TAKEN = 1 << 20  # in one chunk from a server: the specification's end
 MAX_MINIMUM_BLOCK = 1 << 16
 MAX_SIZE = (1 << 63) - 1  # of an export; what an off_t can say
+U16_MAX = (1 << 16) - 1
 U32_MAX = (1 << 32) - 1
 SHOWN_NAME = 80  # characters of a name that somebody sent us, in a message
 

@@ -294,7 +294,8 @@ def test_one_event_answers_one_option_however_many_have_come() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"name": "n" * 4097}, {"name": "a\0b"}, {"size": -1}, {"size": 1 << 63}, {"contexts": ("nocolon",)},
+    "wrong", [{"name": "n" * 4097}, {"name": "a\0b"}, {"size": -1}, {"size": 1 << 63}, {"flags": 1 << 16},
+              {"contexts": ("nocolon",)},
               {"contexts": ("a:b", "a:b")}, {"description": "\ud800"}],
 )  # fmt: skip
 def test_an_export_that_cannot_be_offered_is_our_own_fault(wrong: dict[str, Any]) -> None:
