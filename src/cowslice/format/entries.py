@@ -101,7 +101,8 @@ def decode_entry(
     if word & ZERO:
         if version < 3:
             raise _corrupt(word, "has the zero flag, which a version 2 image cannot have", at)
-        return Entry(Kind.ZERO_ALLOCATED if owned else Kind.ZERO, offset if owned else -1, length, copied)
+        # Here an offset of 0 is always no cluster, COPIED or not, in QEMU as in the table of the specification.
+        return Entry(Kind.ZERO_ALLOCATED, offset, length, copied) if offset else Entry(Kind.ZERO, copied=copied)
     return Entry(Kind.NORMAL, offset, length, copied) if owned else Entry(Kind.UNALLOCATED, copied=copied)
 
 

@@ -35,7 +35,7 @@ def _threshold(stored: int) -> int:
 def _counted_reach(storage: Storage, header: Header, *, least: int) -> bool:
     """Whether at least `least` host clusters inside the file have a count that is not zero."""
     geometry = header.geometry
-    clusters = storage.length() >> header.cluster_bits
+    clusters = geometry.clusters(storage.length())
     if clusters < least:
         return False
     table = storage.read(header.refcount_table_offset, header.refcount_table_clusters << header.cluster_bits)

@@ -86,6 +86,8 @@ class Qcow2Layer(Layer):
         if entry.kind is Kind.COMPRESSED:
             most = (1 << bits) - within
             return Piece(offset, min(length, most), entry.kind, entry.host_offset, entry.length)
+        if entry.kind is Kind.ZERO and entry.copied:
+            run = 1  # the first cluster of a data file: those that follow it have an offset
         most = (max(run, 1) << bits) - within
         host = entry.host_offset + within if entry.host_offset >= 0 else -1
         return self._checked(Piece(offset, min(length, most), entry.kind, host))

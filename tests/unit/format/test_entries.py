@@ -51,7 +51,7 @@ def test_a_standard_entry_means_what_the_table_says(word: int, entry: Entry) -> 
 
 def test_with_a_data_file_the_copied_flag_tells_that_offset_zero_is_a_cluster() -> None:
     assert decode_entry(COPIED, 0, PLAIN, data_file=True) == Entry(Kind.NORMAL, 0, 65536, copied=True)
-    assert decode_entry(COPIED | ZERO, 0, PLAIN, data_file=True).kind is Kind.ZERO_ALLOCATED
+    assert decode_entry(COPIED | ZERO, 0, PLAIN, data_file=True) == Entry(Kind.ZERO, copied=True)
     assert decode_entry(0, 0, PLAIN, data_file=True).kind is Kind.UNALLOCATED
     assert decode_entry(COPIED, 1, EXTENDED, data_file=True).subcluster(0) is Kind.NORMAL
 
