@@ -12,6 +12,7 @@ from functools import partial
 from cowslice.errors import RemoteProtocolError
 from cowslice.image.fastpath import FastPath
 from cowslice.nbd.events import BadRequest, Request, Session
+from cowslice.nbd.requests import fault_of
 from cowslice.nbd.server_side import ServerTransmission
 from cowslice.nbd.wire import (
     COMPACT_REQUEST,
@@ -19,6 +20,7 @@ from cowslice.nbd.wire import (
     EXTENDED_REQUEST_MAGIC,
     REQUEST_MAGIC,
     Command,
+    CommandFlag,
     Mode,
 )
 from cowslice.serve.answers import Answers
@@ -28,6 +30,7 @@ from cowslice.serve.stream import Stream
 from cowslice.serve.transmission import Limits, count_answer
 from cowslice.serve.workers import Workers
 
+_BARE = (Command.READ, Command.FLUSH, Command.CACHE)  # nothing but a header: to be judged without being read again
 GARBAGE, IDLE, FAULT = "garbage", "idle", "fault"  # of nbd_loop.ENDS, those that are worth a word
 
 
@@ -96,6 +99,10 @@ def judged(
     session: Session, command: int, flags: int, cookie: int, offset: int, length: int, payload: bytes
 ) -> Request | BadRequest:
     """What the protocol's own half says about a request: the loop takes it apart, that half judges it."""
+    if command in _BARE and not flags & CommandFlag.PAYLOAD_LEN:
+        request = Request(command, flags, cookie, offset, length)
+        fault = fault_of(session, request)
+        return request if fault is None else BadRequest(request, fault.error, fault.reason)
     extended = session.mode is Mode.EXTENDED
     layout, magic = (EXTENDED_REQUEST, EXTENDED_REQUEST_MAGIC) if extended else (COMPACT_REQUEST, REQUEST_MAGIC)
     protocol = ServerTransmission(session, layout.pack(magic, flags, command, cookie, offset, length) + payload)
