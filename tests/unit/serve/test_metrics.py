@@ -6,11 +6,13 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import cowslice
+from cowslice.ops.bench.nbdbench import LoadOptions, run_load
 from cowslice.ops.layout import write_populated_image
 from cowslice.serve import metrics as m
 
@@ -198,3 +200,22 @@ def test_what_is_resident_is_told_by_place(disk: cowslice.Image) -> None:
     resident = meter.reading().resident
     assert resident[-1] == 255
     assert not any(resident[: m.HEAT - 8])
+
+
+@pytest.mark.parametrize("connections, depth", [(1, 1), (4, 32)])
+def test_what_clients_did_over_nbd_is_counted_exactly(
+    disk: cowslice.Image, tmp_path: Path, connections: int, depth: int
+) -> None:
+    metrics = m.Metrics()
+    with cowslice.serve(disk, unix=tmp_path / "socket", name="vm", metrics=metrics) as server:
+        result = run_load(
+            server.uri, LoadOptions(connections=connections, depth=depth, count=999, offset=GIB, span=GIB)
+        )  # fmt: skip
+    (reading,) = metrics.readings()
+    counts = reading.counts
+    assert (counts["requests"]["read"], counts["bytes"]["read"]) == (result.requests, 999 * 4096)
+    assert (sum(counts["latency"]), sum(counts["heat"]), counts["errors"]) == (999, 999, 0)
+    assert set(np.flatnonzero(counts["heat"])) <= set(range(m.HEAT // 4, m.HEAT // 2))
+    assert counts["latency_ns"] > 0
+    assert (reading.connections, reading.connections_total) == (0, connections)
+    assert reading.map["hits"] + reading.map["misses"] >= 999

@@ -17,7 +17,7 @@ from typing import Any
 from cowslice.errors import BadOption, CowsliceError, InternalError, StorageError
 from cowslice.nbd import Session
 from cowslice.nbd.wire import ExportFlag, Mode
-from cowslice.ops.bench.nbdconnect import connect, disconnect, parse_nbd_uri
+from cowslice.ops.bench.nbdconnect import connect, disconnect
 from cowslice.ops.bench.nbdload import LATENCY_BUCKETS, MOST_DEPTH, Load, latency_floor
 
 MOST_CONNECTIONS = 256
@@ -93,13 +93,12 @@ class LoadResult:
 
 def run_load(uri: str, options: LoadOptions) -> LoadResult:
     """Connect, run the load to its end, disconnect. Raises BadOption, StorageError, RemoteProtocolError."""
-    address = parse_nbd_uri(uri)
     with ExitStack() as stack:
         content = _mapped(options.content) if options.content else None
         loads = []
         connections = min(options.connections, options.count or options.connections)
         for number in range(connections):
-            channel, session = connect(address, structured=options.structured)
+            channel, session = connect(uri, structured=options.structured)
             stack.callback(disconnect, channel)
             check_against(session, options)
             loads.append(_load(channel.fileno(), session, options, number, connections, content))
