@@ -263,7 +263,9 @@ def broken_read(*chunks: bytes, df: bool = False, session: Session = STRUCTURED)
     return session, lambda client: client.read(512, memoryview(bytearray(6)), df=df), b"".join(chunks)
 
 
-def broken_status(*chunks: bytes, one: bool = False, session: Session = STRUCTURED) -> Any:
+def broken_status(*chunks: bytes, one: bool = False, session: Session = STRUCTURED, both: bool = False) -> Any:
+    """With one context, so that nothing is missing; `both` keeps the second one."""
+    session = session if both else replace(session, contexts=CONTEXTS[:1])
     return session, lambda client: client.block_status(512, 1024, one=one), b"".join(chunks)
 
 
@@ -300,6 +302,7 @@ FIRST = status(3, (1024, 0))
         broken_read(chunk(1, data(517, b"ab"))),
         broken_read(chunk(1, data(2**64 - 1, b"ab"))),
         broken_read(chunk(2, HOLE.pack(512, 0))),
+        broken_read(chunk(1, data(512, b"abcdef"), done=False), chunk(2, HOLE.pack(518, 0))),
         broken_read(chunk(2, HOLE.pack(512, 7))),
         broken_read(chunk(2, HOLE.pack(512, 6) + b"x")),
         broken_read(chunk(1, data(512, b"abc"), done=False), chunk(1, data(514, b"abc"))),
@@ -315,7 +318,7 @@ FIRST = status(3, (1024, 0))
         broken_read(chunk(Chunk.BLOCK_STATUS, FIRST)),
         broken_status(simple()),
         broken_status(chunk(Chunk.NONE)),
-        broken_status(chunk(5, FIRST)),
+        broken_status(chunk(5, FIRST), both=True),
         broken_status(chunk(5, FIRST, done=False), chunk(5, FIRST)),
         broken_status(chunk(5, FIRST, done=False), chunk(5, status(4, (1024, 0)))),
         broken_status(chunk(5, status(3))),
@@ -341,6 +344,16 @@ def test_a_reply_that_breaks_the_rules_ends_the_connection(
         client.next_event()
     with pytest.raises(LocalProtocolError):
         client.flush()
+
+
+def test_a_status_that_keeps_the_rules_is_taken() -> None:
+    """What the broken ones above are made from."""
+    for session, reply in (
+        (STRUCTURED, chunk(5, FIRST)), (EXTENDED, wide(6, wide_status(3, (512, 0), (1 << 40, 1)))),
+    ):  # fmt: skip
+        client = ClientTransmission(replace(session, contexts=CONTEXTS[:1]))
+        client.block_status(512, 1024)
+        assert feed_whole(client, reply)[0].error is None
 
 
 def test_a_read_in_too_many_pieces_ends_the_connection() -> None:

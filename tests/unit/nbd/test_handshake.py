@@ -247,6 +247,13 @@ def test_a_server_that_stops_says_so_to_everything_but_abort() -> None:
     assert feed_whole(handshake, encode_option(Option.ABORT)) == [Aborted()]
 
 
+def test_a_server_that_stops_leaves_a_client_that_cannot_be_told() -> None:
+    handshake = greeted()
+    handshake.shut_down()
+    with pytest.raises(RemoteProtocolError, match="shutting down"):
+        feed_whole(handshake, encode_option(Option.EXPORT_NAME, b"disk"))
+
+
 def test_a_large_option_is_refused_without_being_stored() -> None:
     handshake = greeted()
     length = MAX_OPTION_KEPT + 1
