@@ -39,6 +39,7 @@ cdef struct Directory:
 
 cdef uint64_t inline_word(const uint8_t *raw, uint32_t entries, uint8_t cluster_bits, bint extended) noexcept nogil
 cdef Slice *make_slice(const uint8_t *raw, uint32_t entries, uint8_t cluster_bits, bint extended) noexcept nogil
+cdef void foresee(uint64_t word, uint32_t index, bint deep) noexcept nogil
 cdef void read_inline(uint64_t word, uint8_t cluster_bits, uint8_t slice_bits, uint32_t index, Mapped *out) noexcept nogil
 cdef void read_slice(const Slice *held, uint8_t cluster_bits, uint8_t slice_bits, uint32_t index, uint32_t want, Mapped *out) noexcept nogil
 

@@ -13,8 +13,11 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport malloc
 from libc.string cimport memcpy, memset
 
-from cowslice.cache.forms cimport OFFSET, Mapped, Shape, bswap64, locate, payload_size
+from cowslice.cache.forms cimport OFFSET, SLOPED, Mapped, Shape, bswap64, locate, payload_size
 from cowslice.cache.packing cimport Draft, one_run, pack
+
+cdef extern from *:
+    void prefetch "__builtin_prefetch"(const void *) noexcept nogil
 
 cdef enum:
     ALLOCATED_CODE = 1      # the bitmaps that an inline word can stand for, besides an empty one
@@ -79,6 +82,20 @@ cdef Slice *make_slice(const uint8_t *raw, uint32_t entries, uint8_t cluster_bit
     held.node.granules = <uint16_t> (charged(sizeof(Slice) + draft.size) // 16)
     memcpy(payload_of(held), draft.payload, draft.size)
     return held
+
+
+cdef void foresee(uint64_t word, uint32_t index, bint deep) noexcept nogil:
+    """Bring the head of a packed slice into the processor's cache, or, once that is there, the line that holds an entry."""
+    cdef const Slice *held = slice_of(word)
+    cdef uint32_t width
+    if word & STATE != PACKED:
+        return
+    if not deep:
+        prefetch(held)
+        return
+    # Entries on a line lie in order; of the other forms the front is always looked at.
+    width = held.node.more_cargo >> 10 if held.node.cargo & 7 <= SLOPED else 0
+    prefetch(<const uint8_t *> held + sizeof(Slice) + (index * width >> 3))
 
 
 cdef void read_slice(const Slice *held, uint8_t cluster_bits, uint8_t slice_bits, uint32_t index, uint32_t want,

@@ -64,6 +64,7 @@ cdef class SliceMap:
     cdef uint32_t stream_hand
     cdef int resolve(self, uint64_t cluster, uint32_t want, Mapped *out) noexcept nogil
     cdef int peek(self, uint64_t cluster, uint32_t want, Mapped *out) noexcept nogil
+    cdef void foresee(self, uint64_t cluster, bint deep) noexcept nogil
     cdef bint unmapped(self, uint64_t cluster, uint32_t want, Mapped *out) noexcept nogil
     cdef Leaf *leaf_for(self, uint64_t number) noexcept nogil
     cdef void aim(self, Load *job, uint64_t first, uint32_t count) noexcept nogil

@@ -12,7 +12,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from cowslice.cache.directory cimport (
-    ABSENT, INLINE, LEAF_WORDS, LOADING, PACKED, STATE, Leaf, Slice, inline_word, make_slice, read_inline, read_slice, slice_of)
+    ABSENT, INLINE, LEAF_WORDS, LOADING, PACKED, STATE, Leaf, Slice, foresee, inline_word, make_slice, read_inline, read_slice, slice_of)
 from cowslice.cache.forms cimport OFFSET, Mapped, bswap64, trailing_zeros
 from cowslice.cache.policy cimport AHEAD, DEMANDED, USED, WARMED
 from cowslice.cache.pthread cimport pthread_cond_broadcast, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock
@@ -154,6 +154,13 @@ cdef class SliceMap:
         held.node.state |= USED
         self.cache.policy.touch(&held.node)
         return FOUND
+
+    cdef void foresee(self, uint64_t cluster, bint deep) noexcept nogil:
+        """Begin to fetch from memory what `peek` will look at. The lock is held, and `cluster` is less than `clusters`."""
+        cdef uint64_t number = cluster >> self.slice_bits
+        cdef Leaf *leaf = self.leaf_for(number)
+        if leaf != NULL:
+            foresee(leaf.words[number % LEAF_WORDS], <uint32_t> cluster & (self.slice_clusters - 1), deep)
 
     cdef int resolve(self, uint64_t cluster, uint32_t want, Mapped *out) noexcept nogil:
         """Answer, loading the slice if need be. `cluster` is less than `clusters`. Takes the lock itself.

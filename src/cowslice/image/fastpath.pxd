@@ -35,6 +35,7 @@ cdef class FastPath:
     cdef PlainLayer *grow(self) except NULL
     cdef attach(self, PlainLayer *layer, data)
     cdef bint locate(self, uint64_t offset, uint64_t want, bint held, Target *out) noexcept nogil
+    cdef void foresee(self, uint64_t offset, bint deep) noexcept nogil
     cdef bint in_layer(self, PlainLayer *layer, uint64_t offset, uint64_t *want, bint held, Target *out, bint *below) noexcept nogil
     cdef bint in_subclusters(self, PlainLayer *layer, uint64_t word, uint64_t bitmap, uint64_t offset, uint64_t *want, Target *out, bint *below) noexcept nogil
     cdef bint to_host(self, PlainLayer *layer, uint64_t word, uint64_t offset, Target *out) noexcept nogil

@@ -117,6 +117,12 @@ cdef class FastPath:
         out.length = want
         return True
 
+    cdef void foresee(self, uint64_t offset, bint deep) noexcept nogil:
+        """Begin to fetch from memory what `locate` will look at first: shallow for all of a batch, then deep for all."""
+        cdef PlainLayer *top = self.layers
+        if top.map != NULL and offset < top.size:
+            (<SliceMap> top.map).foresee(offset >> top.cluster_bits, deep)
+
     cdef bint in_layer(self, PlainLayer *layer, uint64_t offset, uint64_t *want, bint held, Target *out, bint *below) noexcept nogil:
         """What one layer says of the bytes at `offset`; `want` shrinks to how far that holds."""
         cdef Mapped m
@@ -309,8 +315,12 @@ cdef class FastPath:
     cdef void locate_some(self, Batch batch, int64_t first, int64_t end, Target *targets) noexcept nogil:
         """A target's length is 0 where it could not be told at once."""
         cdef int64_t i
+        cdef uint32_t deep
         if self.maps_count:
             pthread_mutex_lock(&self.cache.lock)
+        for deep in range(2):
+            for i in range(first, end):
+                self.foresee(batch.offsets[i], deep)
         for i in range(first, end):
             if not self.locate(batch.offsets[i], batch.length, True, &targets[i - first]):
                 targets[i - first].length = 0

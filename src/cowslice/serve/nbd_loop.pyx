@@ -225,24 +225,23 @@ cdef class Loop:
                 end = FAULT
             self.start += size
             self.have -= size
+            if end != GOES_ON:
+                break
             if count == BATCH:
                 if not self.answer_batch(asks, count):
                     return BROKEN
                 count = 0
-            if end != GOES_ON:
-                break
         if count and not self.answer_batch(asks, count):
             return BROKEN
         return end
 
     cdef int take_one(self, Ask *ask, uint64_t *size) noexcept nogil:
         """Decode the request at the front. `size` is what it takes with its payload, 0 while it is not whole."""
-        cdef const uint8_t *p = self.incoming + self.start
         cdef uint64_t head = 32 if self.mode == EXTENDED else 28
         size[0] = 0
         if self.have < head:
             return GOES_ON
-        if not decode_request(self.mode, p, ask):
+        if not decode_request(self.mode, self.incoming + self.start, ask):
             return GARBAGE
         if ask.command == DISC:
             return DISCONNECTED
@@ -287,9 +286,12 @@ cdef class Loop:
         return True
 
     cdef void locate_batch(self, const Ask *asks, uint32_t count, Target *targets) noexcept nogil:
-        cdef uint32_t i
+        cdef uint32_t i, deep
         if self.fast.maps_count:
             pthread_mutex_lock(&self.fast.cache.lock)
+        for deep in range(2):
+            for i in range(count):
+                self.fast.foresee(asks[i].offset, deep)
         for i in range(count):
             if not self.fast.locate(asks[i].offset, asks[i].length, True, &targets[i]):
                 targets[i].length = 0
