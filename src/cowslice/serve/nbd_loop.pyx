@@ -9,7 +9,7 @@ What would wait for a device goes to workers of this connection, threads without
 """
 
 from libc.errno cimport EINTR, errno
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
@@ -117,8 +117,8 @@ cdef class Loop:
         os.set_blocking(self.fd, True)
         with socket.socket(fileno=os.dup(self.fd)) as same:
             same.setblocking(True)
-            same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO,
-                            struct.pack("ll", self.idle_ms // 1000, self.idle_ms % 1000 * 1000))
+            patience = struct.pack("ll", self.idle_ms // 1000, self.idle_ms % 1000 * 1000)
+            same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
 
     cdef void wait_for_rest(self) noexcept nogil:
         """Until all that was handed over is finished; then the workers go home."""
@@ -131,8 +131,7 @@ cdef class Loop:
 
     def reply(self, *parts):
         """Send the parts as one message; False when the connection cannot take it any more. Any thread may call."""
-        message = parts[0] if len(parts) == 1 else b"".join(parts)
-        cdef const uint8_t[::1] view = message
+        cdef const uint8_t[::1] view = parts[0] if len(parts) == 1 else b"".join(parts)
         cdef bint sent
         if view.shape[0] == 0:
             return not self.broken
