@@ -231,14 +231,14 @@ class NbdStorage(Storage):
 
     def _patch(self, offset: int, piece: memoryview) -> None:
         """Write a piece that has no whole block inside."""
-        if not len(piece):
-            return
-        start, stop = self._blocks.around(offset, offset + len(piece))
-        block = memoryview(bytearray(stop - start))
-        with self._patching:
-            self._run("read", [_read(start, block)])
-            block[offset - start : offset - start + len(piece)] = piece
-            self._run("write to", [_write(start, block)])
+        end = offset + len(piece)
+        for start, stop in self._blocks.pieces(*self._blocks.around(offset, end), 1) if len(piece) else ():
+            inside, outside = max(start, offset), min(stop, end)
+            block = memoryview(bytearray(stop - start))
+            with self._patching:
+                self._run("read", [_read(start, block)])
+                block[inside - start : outside - start] = piece[inside - offset : outside - offset]
+                self._run("write to", [_write(start, block)])
 
     # Requests
 

@@ -75,14 +75,18 @@ class NbdLink:
             if self._fault is not None:
                 raise copy.copy(self._fault)
             self._calls[ask(self._transmission)] = call
-        self._send_waiting()
+        try:
+            self._send_waiting()
+        except BaseException:  # an interrupt: the buffer is the server's until the request has ended
+            self.wait(call)
+            raise
         return call
 
     def finish(self, call: Call) -> Completed:
         """Wait for the answer, which may be an error. Raises StorageError, RemoteProtocolError, CryptoError, Closed."""
         try:
             self.wait(call)
-        except BaseException:  # an interrupt: the buffer is the server's until it has answered
+        except BaseException:  # here too
             self.wait(call)
             raise
         if call.answer is None:
@@ -175,7 +179,11 @@ class NbdLink:
     def _end_completed(self) -> bool:
         while True:
             with self._state:
-                event = self._transmission.next_event()
+                try:
+                    event = self._transmission.next_event()
+                except CowsliceError as fault:  # known before anybody else may ask
+                    self._fault = self._fault or fault
+                    raise
                 if isinstance(event, Need):
                     return True
                 call = self._calls.pop(event.cookie)
