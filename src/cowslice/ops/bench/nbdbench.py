@@ -176,6 +176,9 @@ def _run_together(loads: Sequence[Load]) -> None:
     except BaseException:
         for load in loads:
             load.stop()
+        for thread in threads:  # before anybody closes the sockets
+            if thread.ident is not None:
+                thread.join()
         raise
     if faults:
         raise faults[0] if isinstance(faults[0], CowsliceError) else InternalError(f"a load ended: {faults[0]!r}")

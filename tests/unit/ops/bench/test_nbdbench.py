@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,6 +137,21 @@ def test_a_content_that_cannot_be_read_is_told(uri: str, tmp_path: Path) -> None
 def test_no_thread_or_descriptor_is_left(uri: str) -> None:
     before = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
     run_load(uri, options(connections=5))
+    assert (threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))) == before
+
+
+@needs("nbdkit")
+def test_an_interrupt_ends_a_load_and_leaves_nothing() -> None:
+    before = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+    with nbdkit("--filter=delay", "memory", "1M", "rdelay=60") as uri:
+        alarm = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                run_load(uri, options(connections=3))
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, alarm)
     assert (threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))) == before
 
 
