@@ -18,7 +18,7 @@ import pytest
 
 from cowslice.testing import peers
 from tests.unit.serve.certificates import Authority
-from tests.unit.serve.rawclient import PATIENCE, RawClient, model
+from tests.unit.serve.rawclient import PATIENCE, RawClient, connect, connected_to, model
 
 IMAGE = model("NNZ.NNNN")
 CONTENT = IMAGE.over(b"")
@@ -60,13 +60,6 @@ class Running:
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*SERVE, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
-
-
-def connect(place: str, **options: object) -> RawClient:
-    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connected.settimeout(PATIENCE)
-    connected.connect(place)
-    return RawClient(connected, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -193,8 +186,7 @@ def test_sockets_of_the_system_are_taken(image: Path, place: str) -> None:
             command = [sys.executable, "-c", code, str(number), *SERVE[1:], *more, str(image)]
             return subprocess.run(command, pass_fds=[number], capture_output=True, text=True, timeout=PATIENCE)
 
-        waiting = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        waiting.connect(place)  # it waits in the queue, as with a server that is started on demand
+        waiting = connected_to(place)  # it waits in the queue, as with a server that is started on demand
         reading = threading.Thread(target=lambda: _read_and_leave(waiting))
         reading.start()
         served, refused = start(), start("-k", "/tmp/elsewhere")

@@ -19,7 +19,7 @@ from cowslice.serve.exports import Export
 from cowslice.serve.listeners import listen_unix
 from cowslice.serve.server import Server
 from cowslice.serve.transmission import Limits
-from tests.unit.serve.rawclient import PATIENCE, WAYS, RawClient, model
+from tests.unit.serve.rawclient import PATIENCE, WAYS, RawClient, connect, connected_to, model
 
 CLUSTER = 1 << 16
 CELLS = "NNZ.CNNN..ZZCCNN" * 8
@@ -59,9 +59,7 @@ class Rude:
     def run(self) -> None:
         try:
             while time.monotonic() < self.until:
-                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connected:
-                    connected.settimeout(PATIENCE)
-                    connected.connect(self.place)
+                with connected_to(self.place) as connected:
                     self.visit(connected)
         except BaseException as fault:
             self.fault = fault
@@ -161,7 +159,7 @@ def test_who_behaves_does_not_notice_who_does_not(path: Path, place: str, way: s
         server = Server([Export(disk)], [listen_unix(place)], compiled=way == "compiled", limits=limits,
                         report=lambda what: None)
         with server:
-            bad = [_connected(place) for _ in range(6)]
+            bad = [connected_to(place) for _ in range(6)]
             stalled = [RawClient(connected) for connected in bad[:3]]
             for client in stalled:
                 client.socket.setblocking(False)
@@ -171,16 +169,9 @@ def test_who_behaves_does_not_notice_who_does_not(path: Path, place: str, way: s
                         flood = flood[client.socket.send(flood) :]
                 except BlockingIOError:
                     pass  # the server stopped listening to it: so it must be
-            good = RawClient(_connected(place))
+            good = connect(place)
             for offset in range(0, SIZE, 4 * CLUSTER):
                 assert good.read(offset, 4 * CLUSTER).data == CONTENT[offset : offset + 4 * CLUSTER]
             assert server.connections == 7
             for one in (*bad, good.socket):
                 one.close()
-
-
-def _connected(place: str) -> socket.socket:
-    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connected.settimeout(PATIENCE)
-    connected.connect(place)
-    return connected

@@ -11,9 +11,9 @@ import pytest
 import cowslice
 from cowslice.serve.listing import list_exports
 from cowslice.serve.server import serve
-from cowslice.serve.tls import Certificates, client_context
+from cowslice.serve.tls import Certificates
 from cowslice.testing import peers
-from tests.unit.serve.certificates import Authority
+from tests.unit.serve.certificates import Authority, trusting
 
 pytestmark = peers.needs("qemu-img", "qemu-io", "qemu-nbd")
 MiB = 1 << 20
@@ -88,7 +88,7 @@ def test_our_listing_sees_what_qemu_nbd_serves_over_tls(image: Path, pki: Path) 
                  "t", "-x", "disk", "-D", "a disk", "-r"]
     with peers.qemu_nbd(image, *arguments) as uri:
         place = uri.partition("socket=")[2]
-        tls = client_context(Certificates(pki / "client"))
+        tls = trusting(pki / "client")
         (found,) = list_exports(place, tls=tls, hostname="localhost")
     assert (found.name, found.description, found.contexts) == ("disk", "a disk", ("base:allocation",))
     assert found.session is not None

@@ -14,7 +14,7 @@ import click
 from cowslice.cli import exitcodes
 from cowslice.cli.options import CACHE_MODES, Given, chain, common, image_format
 from cowslice.cli.output import complain, exact_size, printable, say, warn
-from cowslice.cli.serving import Wanted, address, credentials, open_exports, secrets
+from cowslice.cli.serving import Wanted, address, client_tls, credentials, open_exports, secrets
 from cowslice.units import parse_size
 
 if TYPE_CHECKING:
@@ -184,12 +184,9 @@ def _where(server: Server) -> list[str]:
 def _list(wanted: Wanted) -> int:
     """Ask a server what it has and say so."""
     from cowslice.serve.listing import list_exports
-    from cowslice.serve.tls import client_context
 
     place = address(wanted, any_host="localhost")
-    tls = None
-    if wanted.tls_creds is not None:
-        tls = client_context(credentials(wanted.tls_creds, wanted.objects, endpoint="client"))
+    tls = None if wanted.tls_creds is None else client_tls(wanted.tls_creds, wanted.objects)
     hostname = wanted.tls_hostname or ("localhost" if isinstance(place, str) else place[0])
     found = list_exports(place, tls=tls, hostname=hostname)
     say(f"exports available: {len(found)}")

@@ -17,6 +17,8 @@ from cowslice.cli.options import Given, parse_keyval
 from cowslice.errors import BadOption
 
 if TYPE_CHECKING:
+    import ssl
+
     from cowslice.image.image import Image
     from cowslice.serve.exports import Export
     from cowslice.serve.tls import Credentials
@@ -95,6 +97,17 @@ def credentials(wanted: str, objects: tuple[str, ...], *, endpoint: str) -> Cred
         raise BadOption(f"--tls-creds is '{wanted}', expected the id of an --object tls-creds-x509 or a directory",
                         hint=f"Add --object tls-creds-x509,id={wanted},endpoint={endpoint},dir=PATH.")
     return Certificates(wanted)
+
+
+def client_tls(wanted: str, objects: tuple[str, ...]) -> ssl.SSLContext:
+    """What a client needs to list a server's exports. Raises BadOption, CryptoError."""
+    from cowslice.serve.tls import Certificates
+    from cowslice.storage.nbdtls import client_context, find_tls_files
+
+    given = credentials(wanted, objects, endpoint="client")
+    if not isinstance(given, Certificates):
+        raise BadOption("-L does not take pre-shared keys, expected certificates")
+    return client_context(find_tls_files(os.fspath(given.directory)), verify_peer=given.verify_peer)
 
 
 def _of_object(kind: str, fields: dict[str, str], endpoint: str) -> Credentials:

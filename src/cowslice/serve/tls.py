@@ -1,4 +1,4 @@
-"""TLS for both sides: certificates in the directory layout of QEMU, or pre-shared keys, as an SSLContext.
+"""TLS for a server: certificates in the directory layout of QEMU, or pre-shared keys, as an SSLContext.
 
 It opens no socket. What must hold: with `verify_peer`, the default, nobody gets past the handshake without a
 certificate that our authority signed; nothing older than TLS 1.2 is spoken.
@@ -15,8 +15,9 @@ from typing import Any
 from cowslice.errors import BadOption, CryptoError
 
 CA, REVOKED, PSK = "ca-cert.pem", "ca-crl.pem", "keys.psk"
-SERVER, CLIENT = ("server-cert.pem", "server-key.pem"), ("client-cert.pem", "client-key.pem")
+CERTIFICATE, KEY = "server-cert.pem", "server-key.pem"
 MAX_KEY_FILE = 1 << 20
+PSK_CIPHERS = "kECDHEPSK:kDHEPSK:!eNULL"  # a key that leaks later opens nothing that was said before
 MIN_PSK = 16  # bytes; what gnutls' psktool makes has 32
 HAS_PSK = hasattr(ssl.SSLContext, "set_psk_server_callback")
 
@@ -52,7 +53,7 @@ def server_context(credentials: Credentials) -> ssl.SSLContext:
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
     if isinstance(credentials, Certificates):
         place = Path(credentials.directory)
-        _load_own(context, place, *SERVER)
+        _load_own(context, place)
         _load_authority(context, place)
         context.verify_mode = ssl.CERT_REQUIRED if credentials.verify_peer else ssl.CERT_NONE
     else:
@@ -60,31 +61,12 @@ def server_context(credentials: Credentials) -> ssl.SSLContext:
     return context
 
 
-def client_context(credentials: Credentials) -> ssl.SSLContext:
-    """Load what a client needs: ca-cert.pem, and client-cert.pem with client-key.pem where they are.
-
-    `verify_peer` asks the server for a certificate that the authority signed for its name. Raises as `server_context`.
-    """
-    if not isinstance(credentials, Certificates):
-        raise BadOption("a client with pre-shared keys is not supported, expected certificates")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    place = Path(credentials.directory)
-    if (place / CLIENT[0]).exists():
-        _load_own(context, place, *CLIENT)
-    _load_authority(context, place)
-    if not credentials.verify_peer:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
-
-
-def _load_own(context: ssl.SSLContext, place: Path, certificate: str, key: str) -> None:
-    paths = _there(place / certificate), _there(place / key)
+def _load_own(context: ssl.SSLContext, place: Path) -> None:
+    paths = _there(place / CERTIFICATE), _there(place / KEY)
     try:
         context.load_cert_chain(*paths, password=_no_password)
     except (OSError, ValueError) as fault:
-        raise _unusable(place / certificate, fault) from None
+        raise _unusable(place / CERTIFICATE, fault) from None
 
 
 def _load_authority(context: ssl.SSLContext, place: Path) -> None:
@@ -120,7 +102,7 @@ def _load_keys(context: ssl.SSLContext, credentials: PresharedKeys) -> None:
     chosen: Any = context  # typeshed knows the method from 3.13 on
     context.verify_mode = ssl.CERT_NONE
     context.maximum_version = ssl.TLSVersion.TLSv1_2  # in 1.3 OpenSSL takes keys of this kind with one hash only
-    context.set_ciphers("ECDHE-PSK:DHE-PSK:@SECLEVEL=2")
+    context.set_ciphers(PSK_CIPHERS)
     chosen.set_psk_server_callback(key_of)
 
 

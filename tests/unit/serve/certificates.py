@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from cowslice.storage.nbdtls import client_context, find_tls_files
 
 DAY = datetime.timedelta(days=1)
 
@@ -32,6 +35,21 @@ class Authority:
             .sign(key, hashes.SHA256())
         )
         return cls(key, certificate)
+
+    def revoke(self, place: Path, certificate: Path) -> None:
+        """Write ca-crl.pem, which takes a certificate back."""
+        now = datetime.datetime.now(datetime.UTC)
+        serial = x509.load_pem_x509_certificate(certificate.read_bytes()).serial_number
+        entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now - DAY).build()
+        listed = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(self.certificate.subject)
+            .last_update(now - DAY)
+            .next_update(now + DAY)
+            .add_revoked_certificate(entry)
+            .sign(self.key, hashes.SHA256())
+        )
+        (place / "ca-crl.pem").write_bytes(listed.public_bytes(serialization.Encoding.PEM))
 
     def put(self, place: Path, *, side: str, days: int = 30) -> None:
         """Write ca-cert.pem, and for a side ("server", "client") its certificate and key."""
@@ -55,6 +73,11 @@ class Authority:
         (place / f"{side}-cert.pem").write_bytes(_pem(certificate))
         (place / f"{side}-key.pem").write_bytes(key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+
+
+def trusting(place: Path) -> ssl.SSLContext:
+    """A client that trusts the authority in a directory, with its own certificate where one is there."""
+    return client_context(find_tls_files(str(place)), verify_peer=True)
 
 
 def _builder(

@@ -175,6 +175,19 @@ class RawClient:
             assert len(reply.extents[context]) == count
 
 
+def connected_to(place: str) -> socket.socket:
+    """A connection to a Unix socket on which nothing was said yet."""
+    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connected.settimeout(PATIENCE)
+    connected.connect(place)
+    return connected
+
+
+def connect(place: str, **options: Any) -> RawClient:
+    """A client of the server at a Unix socket."""
+    return RawClient(connected_to(place), **options)
+
+
 @dataclass(slots=True)
 class Wired:
     """One connection of a server, and the client's end of it."""

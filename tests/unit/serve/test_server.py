@@ -23,7 +23,7 @@ from cowslice.serve.tls import Certificates
 from cowslice.serve.transmission import Limits
 from cowslice.storage import FileStorage
 from cowslice.testing.faults import HeldStorage
-from tests.unit.serve.rawclient import PATIENCE, RawClient, model
+from tests.unit.serve.rawclient import PATIENCE, RawClient, connect, connected_to, model
 
 K = 1 << 16
 IMAGE = model("NNZ.NNNN")
@@ -49,13 +49,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     name = f"/tmp/cowslice-test-{os.getpid()}-{time.monotonic_ns()}"
     yield name
     assert not os.path.lexists(name), "the socket's file is left"
-
-
-def connect(place: str, **options: object) -> RawClient:
-    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connected.settimeout(PATIENCE)
-    connected.connect(place)
-    return RawClient(connected, **options)  # type: ignore[arg-type]
 
 
 def eventually(true: Callable[[], bool]) -> bool:
@@ -295,6 +288,36 @@ def test_faults_of_clients_are_told_to_whoever_wants_to_know(disk: cowslice.Imag
         client.socket.sendall(b"x" * 28)
         assert client.ended()
     assert [report.startswith("client 1: the client broke the NBD protocol") for report in reports] == [True]
+
+
+class Exhausted:
+    """A listening socket on a system that has no descriptor left."""
+
+    def accept(self) -> None:
+        raise OSError(24, "Too many open files")
+
+
+def test_a_system_without_descriptors_is_told_and_survived(disk: cowslice.Image, place: str) -> None:
+    reports: list[str] = []
+    with serve(disk, unix=place, report=reports.append) as server:
+        server._accept(Exhausted())  # type: ignore[arg-type]
+        assert reports == ["cannot accept a client: Too many open files"]
+        assert connect(place).read(0, 1).data == CONTENT[:1]
+
+
+def test_a_system_without_threads_turns_the_client_away(
+    disk: cowslice.Image, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports: list[str] = []
+    with serve(disk, unix=place, report=reports.append) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("none")))
+            turned_away = connected_to(place)
+            assert turned_away.recv(1) == b""
+            turned_away.close()
+        assert reports == ["cannot serve a client: the system has no more threads"]
+        assert connect(place).read(0, 1).data == CONTENT[:1]
+        assert server.connections == 1
 
 
 def test_the_same_server_may_be_closed_by_many(disk: cowslice.Image, place: str) -> None:

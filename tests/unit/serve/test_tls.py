@@ -20,9 +20,9 @@ from cowslice.nbd.wire import Answer, Command
 from cowslice.serve.listing import list_exports
 from cowslice.serve.server import Server, serve
 from cowslice.serve.stream import TlsStream
-from cowslice.serve.tls import HAS_PSK, Certificates, PresharedKeys, client_context, read_keys, server_context
+from cowslice.serve.tls import HAS_PSK, PSK_CIPHERS, Certificates, PresharedKeys, read_keys, server_context
 from cowslice.serve.transmission import Limits
-from tests.unit.serve.certificates import Authority
+from tests.unit.serve.certificates import Authority, trusting
 from tests.unit.serve.rawclient import PATIENCE, RawClient, model
 
 IMAGE = model("NNZ.NNNNNNNN")
@@ -86,7 +86,7 @@ def connected(server: Server) -> socket.socket:
 
 
 def test_a_client_with_a_certificate_gets_every_byte(server: Server, pki: Path) -> None:
-    client = TlsClient(server, client_context(Certificates(pki / "client")))
+    client = TlsClient(server, trusting(pki / "client"))
     assert server.uri.startswith("nbds://")
     assert client.session.tls
     assert client.read(0, len(CONTENT)).data == CONTENT
@@ -95,7 +95,7 @@ def test_a_client_with_a_certificate_gets_every_byte(server: Server, pki: Path) 
 
 def test_many_requests_pass_through_tls_side_by_side(server: Server, pki: Path) -> None:
     """Answers are sent by many threads while another receives: OpenSSL must see one of them at a time."""
-    client = TlsClient(server, client_context(Certificates(pki / "client")))
+    client = TlsClient(server, trusting(pki / "client"))
     asked = [client.request(Command.READ, n * 1000, 60_000) for n in range(300)]
     sending = threading.Thread(target=lambda: [client.socket.sendall(one) for one in asked])
     sending.start()
@@ -108,17 +108,31 @@ def test_many_requests_pass_through_tls_side_by_side(server: Server, pki: Path) 
 @pytest.mark.parametrize("who", ["nobody", "stranger", "expired"])
 def test_who_cannot_show_a_good_certificate_stays_out(server: Server, pki: Path, who: str) -> None:
     with pytest.raises((OSError, EOFError)):
-        TlsClient(server, client_context(Certificates(pki / who))).read(0, 1)
+        TlsClient(server, trusting(pki / who)).read(0, 1)
+
+
+def test_a_certificate_that_was_taken_back_stays_out(disk: cowslice.Image, tmp_path: Path) -> None:
+    authority = Authority.new("ours")
+    authority.put(tmp_path / "pki", side="server")
+    for name in ("good", "bad"):
+        authority.put(tmp_path / name, side="client")
+    authority.revoke(tmp_path / "pki", tmp_path / "bad" / "client-cert.pem")
+    with serve(disk, port=0, tls=Certificates(tmp_path / "pki"), report=lambda what: None) as server:
+        client = TlsClient(server, trusting(tmp_path / "good"))
+        assert client.read(0, 10).data == CONTENT[:10]
+        client.socket.close()
+        with pytest.raises((OSError, EOFError)):
+            TlsClient(server, trusting(tmp_path / "bad")).read(0, 1)
 
 
 def test_a_client_does_not_trust_a_server_of_another_authority(server: Server, pki: Path) -> None:
     with pytest.raises(ssl.SSLCertVerificationError):
-        TlsClient(server, client_context(Certificates(pki / "mistrusting")))
+        TlsClient(server, trusting(pki / "mistrusting"))
 
 
 def test_without_verification_anybody_gets_in(disk: cowslice.Image, pki: Path) -> None:
     with serve(disk, port=0, tls=Certificates(pki / "server", verify_peer=False)) as server:
-        client = TlsClient(server, client_context(Certificates(pki / "nobody")))
+        client = TlsClient(server, trusting(pki / "nobody"))
         assert client.read(0, 10).data == CONTENT[:10]
         client.socket.close()
 
@@ -150,7 +164,7 @@ def test_an_idle_client_inside_tls_is_put_out(disk: cowslice.Image, pki: Path) -
     reports: list[str] = []
     with serve(disk, port=0, tls=Certificates(pki / "server"), limits=Limits(idle_timeout=0.2),
                report=reports.append) as server:
-        client = TlsClient(server, client_context(Certificates(pki / "client")))
+        client = TlsClient(server, trusting(pki / "client"))
         assert client.read(0, 10).data == CONTENT[:10]
         assert client.ended()
         client.socket.close()
@@ -158,7 +172,7 @@ def test_an_idle_client_inside_tls_is_put_out(disk: cowslice.Image, pki: Path) -
 
 
 def test_a_server_ends_although_clients_stall_inside_tls(server: Server, pki: Path) -> None:
-    client = TlsClient(server, client_context(Certificates(pki / "client")))
+    client = TlsClient(server, trusting(pki / "client"))
     client.socket.sendall(b"".join(client.request(Command.READ, 0, len(CONTENT)) for _ in range(30)))
     time.sleep(0.1)
     server.close(grace=0.2)
@@ -168,14 +182,14 @@ def test_a_server_ends_although_clients_stall_inside_tls(server: Server, pki: Pa
 
 def test_what_a_server_has_is_listed_through_tls(server: Server, pki: Path) -> None:
     address = "127.0.0.1", int(server.uri.rpartition(":")[2].rstrip("/"))
-    found = list_exports(address, tls=client_context(Certificates(pki / "client")), hostname="localhost")
+    found = list_exports(address, tls=trusting(pki / "client"), hostname="localhost")
     assert [(one.name, one.contexts) for one in found] == [("", ("base:allocation",))]
     with pytest.raises(RemoteProtocolError, match="TLS"):
         list_exports(address)
     with pytest.raises(CryptoError):
-        list_exports(address, tls=client_context(Certificates(pki / "client")), hostname="elsewhere")
+        list_exports(address, tls=trusting(pki / "client"), hostname="elsewhere")
     with pytest.raises(CryptoError):
-        list_exports(address, tls=client_context(Certificates(pki / "mistrusting")), hostname="localhost")
+        list_exports(address, tls=trusting(pki / "mistrusting"), hostname="localhost")
 
 
 def test_a_server_that_is_not_there_cannot_be_listed(tmp_path: Path) -> None:
@@ -225,6 +239,15 @@ def test_pre_shared_keys_are_refused_where_python_cannot_do_it(tmp_path: Path) -
         server_context(PresharedKeys(tmp_path))
 
 
+def test_the_ciphers_for_keys_are_there_and_forget() -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers(PSK_CIPHERS)
+    names = [cipher["name"] for cipher in context.get_ciphers() if not cipher["name"].startswith("TLS_")]
+    assert names
+    assert all(name.startswith(("ECDHE-PSK", "DHE-PSK")) and "NULL" not in name for name in names)
+
+
 @pytest.mark.skipif(not HAS_PSK, reason="needs Python 3.13")
 @pytest.mark.parametrize("key, welcome", [("11" * 16, True), ("22" * 16, False)])
 def test_who_has_the_key_gets_in(disk: cowslice.Image, tmp_path: Path, key: str, welcome: bool) -> None:
@@ -232,7 +255,7 @@ def test_who_has_the_key_gets_in(disk: cowslice.Image, tmp_path: Path, key: str,
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.maximum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers("ECDHE-PSK:DHE-PSK")
+    context.set_ciphers(PSK_CIPHERS)
     context.set_psk_client_callback(lambda hint: ("ann", bytes.fromhex(key)))  # type: ignore[attr-defined,unused-ignore]
     with serve(disk, port=0, tls=PresharedKeys(tmp_path), report=lambda what: None) as server:
         if welcome:
