@@ -147,7 +147,20 @@ def _say_table(table: Any) -> None:
         say(f"{one.what}{covered}{f', qemu-nbd --aio={one.aio}' if one.aio else ''}")
         rows = [_figure_row(figure) for figure in one.figures]
         say_table(("", "qemu-nbd", "cowslice", "ratio", "raw file", "share"), rows, right="lrrrrr", indent=2)
+    _say_summary(table.summary)
     _say_losses(table)
+
+
+def _say_summary(summary: Any) -> None:
+    if not summary:
+        return
+    say()
+    rows = []
+    for one in summary:
+        name = f"{one.name}, {'whole' if one.covered else 'part of the'} map"
+        shares = _share(one.share_least), _share(one.share_median)
+        rows.append((name, _times(one.ratio_least), _times(one.ratio_median), *shares))
+    say_table(("over all cells", "ratio least", "median", "share least", "median"), rows, right="lrrrr")
 
 
 def _say_losses(table: Any) -> None:
@@ -170,6 +183,13 @@ def _figure_row(figure: Any) -> tuple[str, ...]:
             return f"{format_size(int(number))}/s"
         return f"{number:.2f} s" if figure.unit == "s" else f"{number:,.0f}"
 
-    ratio = "-" if figure.ratio is None else f"{figure.ratio:.2f}x"
-    share = "-" if figure.share is None else f"{figure.share:.0%}"
+    ratio, share = _times(figure.ratio), _share(figure.share)
     return figure.name, value(figure.peer), value(figure.ours), ratio, value(figure.raw), share
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"

@@ -90,6 +90,18 @@ class NbdMeasured:
 
 
 @dataclass(frozen=True, slots=True)
+class Summary:
+    """One figure over several cells: least and median of the ratios to the peer and of the shares of the raw file."""
+
+    name: str
+    covered: bool
+    ratio_least: float | None
+    ratio_median: float | None
+    share_least: float | None
+    share_median: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class NbdTable:
     """What was measured, on what, how, and where the peer is faster: (what, figure, ratio)."""
 
@@ -106,8 +118,18 @@ class NbdTable:
                 if figure.ratio is not None and figure.ratio < 1]  # fmt: skip
         return tuple(sorted(lost, key=lambda loss: loss[2]))
 
+    @property
+    def summary(self) -> tuple[Summary, ...]:
+        """Every figure over all cells whose map the cache covers in part, and over all that it covers whole."""
+        found: dict[tuple[bool, str], list[Figure]] = {}
+        for one in self.measured:
+            for figure in one.figures if one.published else ():
+                found.setdefault((one.covered, figure.name), []).append(figure)
+        return tuple(_summary(name, covered, found[covered, name]) for covered, name in sorted(found))
+
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "losses": self.losses}
+        summary = [asdict(one) for one in self.summary]
+        return {**asdict(self), "summary": summary, "losses": self.losses}
 
 
 Measure = Callable[[Served, int], Mapping[str, float]]  # server and round to rates by name
@@ -272,6 +294,14 @@ def _median_ratio(ours: Sequence[float], others: Sequence[float], *, less: bool)
         return None
     pairs = [(max(a, 1e-9), max(b, 1e-9)) for a, b in zip(ours, others, strict=True)]
     return statistics.median(b / a if less else a / b for a, b in pairs)
+
+
+def _summary(name: str, covered: bool, figures: Sequence[Figure]) -> Summary:
+    ratios = [figure.ratio for figure in figures if figure.ratio is not None]
+    shares = [figure.share for figure in figures if figure.share is not None]
+    return Summary(
+        name, covered, min(ratios, default=None), _median(ratios), min(shares, default=None), _median(shares)
+    )  # fmt: skip
 
 
 # -- images whose bytes matter -----------------------------------------------------------------------------------------

@@ -16,7 +16,14 @@ from cowslice.ops.bench import nbdclients, nbdtable
 from cowslice.ops.bench.cells import CELLS
 from cowslice.ops.bench.nbdcontent import write_compressed
 from cowslice.ops.bench.nbdserver import Served, our_server, raw_options
-from cowslice.ops.bench.nbdtable import Figure, NbdMeasured, NbdTable, NbdTableOptions, measure_nbd_table
+from cowslice.ops.bench.nbdtable import (
+    Figure,
+    NbdMeasured,
+    NbdTable,
+    NbdTableOptions,
+    Summary,
+    measure_nbd_table,
+)
 from cowslice.testing.peers import needs, qemu_img_json
 
 GIB = 1 << 30
@@ -81,6 +88,17 @@ def test_the_table_says_where_the_peer_is_ahead_worst_first() -> None:
     found = NbdTable({}, "", "qemu-nbd", (), (NbdMeasured("a cell", 16, 0, 0, 0, True, "threads", figures),))
     assert found.losses == (("a cell", "f0.5", 0.5), ("a cell", "f0.9", 0.9))
     assert found.as_json()["losses"] == found.losses
+
+
+def test_the_summary_tells_partial_from_whole_maps_and_leaves_out_what_is_no_cell() -> None:
+    def cell(covered: bool, ratio: float | None, published: int = 1) -> NbdMeasured:
+        figure = Figure("f", "reads/s", 1, 1, 1, ratio, 0.5)
+        return NbdMeasured("", 16, 0, 0, published, covered, "", (figure,))
+
+    cells = (cell(False, 4.0), cell(False, 2.0), cell(False, 9.0), cell(True, None), cell(True, 1.0, published=0))
+    found = NbdTable({}, "", "", (), cells)
+    assert found.summary == (Summary("f", False, 2.0, 4.0, 0.5, 0.5), Summary("f", True, None, None, 0.5, 0.5))
+    assert len(found.as_json()["summary"]) == 2
 
 
 def test_servers_take_turns_at_beginning() -> None:
@@ -167,6 +185,7 @@ def test_the_command_tells_people_what_is_faster(measured: list[NbdTableOptions]
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
     assert "generator, depth 32 1,000,000 500,000 0.50x 600,000 83%" in lines
     assert "CPU for a million 4.50 s 1.50 s 3.00x - -" in lines
+    assert "generator, depth 32, part of the map 0.50x 0.50x 83% 83%" in lines
     assert "a cell: generator, depth 32, 0.50x" in lines
     assert "fio is not installed" in done.stderr
 
