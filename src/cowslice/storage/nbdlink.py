@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -193,7 +194,7 @@ class NbdLink:
     def _lost(self, error: OSError) -> StorageError:
         if isinstance(error, TimeoutError) and not error.errno:
             return self._failed(f"the server took nothing for {self._timeout:g} seconds", errno.ETIMEDOUT)
-        return StorageError.of(error, "use", self._name)
+        return self._failed(os.strerror(error.errno) if error.errno else str(error), error.errno or errno.EIO)
 
     def _failed(self, reason: str, code: int) -> StorageError:
         return StorageError(f"the connection to '{self._name}' is lost: {reason}", errno=code, filename=self._name)
