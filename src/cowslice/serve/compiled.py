@@ -10,6 +10,7 @@ import time
 from functools import partial
 
 from cowslice.errors import RemoteProtocolError
+from cowslice.image.compressed import cores
 from cowslice.image.fastpath import FastPath
 from cowslice.nbd.events import BadRequest, Request, Session
 from cowslice.nbd.requests import fault_of
@@ -31,6 +32,7 @@ from cowslice.serve.transmission import Limits, count_answer
 from cowslice.serve.workers import Workers
 
 _BARE = (Command.READ, Command.FLUSH, Command.CACHE)  # nothing but a header: to be judged without being read again
+_LONG = (Command.BLOCK_STATUS, Command.CACHE)  # come from the loop itself, which must go on meanwhile
 GARBAGE, IDLE, FAULT = "garbage", "idle", "fault"  # of nbd_loop.ENDS, those that are worth a word
 
 
@@ -43,7 +45,8 @@ class CompiledTransmission:
         self._answers = answers
         self._own = counters
         self._failed = 0  # of the reads that the loop counts
-        self._workers = Workers(limits.workers, name)
+        # What lies in memory never waits: more threads than processors would only take the GIL from each other.
+        self._workers = Workers(min(limits.workers, cores()) if fast.in_memory else limits.workers, name)
         self._loop = Loop(
             stream.fileno(), fast, mode=session.mode, size=session.size, max_request=session.block_sizes.maximum,
             most_requests=limits.most_requests, most_bytes=limits.most_bytes, idle=limits.idle_timeout,
@@ -73,9 +76,17 @@ class CompiledTransmission:
         return total
 
     def _take(self, command: int, flags: int, cookie: int, offset: int, length: int, payload: bytes) -> None:
-        """Judge a request and leave it to a worker: the loop must go on."""
+        """Judge a request, and answer it here or leave it to a worker.
+
+        A read that could wait for a device comes from a worker of the loop, and one that comes from the loop itself has
+        all it needs in memory: another thread would only be one more that wants the interpreter.
+        """
         request = judged(self._session, command, flags, cookie, offset, length, payload)
-        self._workers.submit(partial(self._serve, request, length, time.perf_counter_ns()))
+        serve = partial(self._serve, request, length, time.perf_counter_ns())
+        if isinstance(request, Request) and request.command in _LONG:
+            self._workers.submit(serve)
+        else:
+            serve()
 
     def _serve(self, request: Request | BadRequest, length: int, arrived: int) -> None:
         try:
