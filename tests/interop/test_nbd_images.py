@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,23 @@ def test_a_raw_export_is_a_raw_disk(image: Path) -> None:
     with served as uri, cowslice.open(uri, format="raw") as far, cowslice.open(image) as near:
         assert far.read(0, far.size) == near.read(0, near.size)
         assert run("compare", uri, image).status == 0
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_what_we_serve_over_tcp_we_can_open(image: Path, host: str) -> None:
+    if host == "::1" and not _has_ipv6():
+        pytest.skip("this machine has no IPv6")
+    with contextlib.ExitStack() as stack:
+        near = stack.enter_context(cowslice.open(image))
+        server = stack.enter_context(cowslice.serve({"the disk": near}, host=host, port=0))
+        far = stack.enter_context(cowslice.open(server.uri, format="raw"))
+        assert far.read(0, far.size) == near.read(0, near.size)
+
+
+def _has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
 
 
 def test_the_command_line_takes_uris(image: Path, tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ TIMEOUT = 60.0  # seconds of silence: a server may have to wait for a disk that 
 CONNECTIONS = 4
 PIECE = MiB  # of one read or write: several under way are faster than a large one
 PIECES = 16  # of one call under way
-LONG_PIECE = GiB  # of a request without payload
+LONG_PIECE = 128 * MiB  # of a request without payload: a server that must write the zeros is not silent for too long
+STATUS_PIECE = 2 * GiB  # of one question for holes: a multiple of every block, and 32 bits can say it
 IN_FLIGHT = 32 * MiB  # bounds the memory of merged reads that are under way together
 STATUS_LIFE = 1.0  # seconds
 
@@ -112,10 +113,9 @@ class NbdStorage(Storage):
     def truncate(self, length: int) -> None:
         self._check_writable("resize")
         check_span(0, length)
-        if length != self.length():
-            raise StorageError(
-                f"cannot resize '{self.name}' to {length} bytes: it is an export of {self._session.size} bytes",
-                errno=errno.EINVAL, filename=self.name)
+        if length != (has := self.length()):
+            raise StorageError(f"cannot resize '{self.name}' to {length} bytes: it is an export of {has} bytes",
+                               errno=errno.EINVAL, filename=self.name)
 
     def sync(self) -> None:
         self.length()
@@ -123,16 +123,16 @@ class NbdStorage(Storage):
             self._run("sync", [ClientTransmission.flush])
 
     def zero(self, offset: int, length: int) -> None:
-        if not self._session.flags & ExportFlag.SEND_WRITE_ZEROES:
-            if self._begin_change("write to", offset, length):
-                super().zero(offset, length)
+        if not self._begin_change("write to", offset, length):
             return
-        if self._begin_change("write to", offset, length):
-            end = offset + length
-            first, last = self._blocks.within(offset, end)
-            self._patch(offset, memoryview(bytes(first - offset)))
-            self._run("write to", (_zero(*piece) for piece in long_pieces(first, last, LONG_PIECE)))
-            self._patch(last, memoryview(bytes(end - last)))
+        if not self._session.flags & ExportFlag.SEND_WRITE_ZEROES:
+            super().zero(offset, length)
+            return
+        end = offset + length
+        first, last = self._blocks.within(offset, end)
+        self._patch(offset, memoryview(bytes(first - offset)))
+        self._run("write to", (_zero(*piece) for piece in long_pieces(first, last, LONG_PIECE)))
+        self._patch(last, memoryview(bytes(end - last)))
 
     def discard(self, offset: int, length: int) -> None:
         self._check_writable("discard from")
@@ -145,12 +145,12 @@ class NbdStorage(Storage):
 
     def extents(self, offset: int, length: int) -> Iterator[Span]:
         check_span(offset, length)
-        end, size = offset + length, self.length()
+        end, stored = offset + length, min(offset + length, self.length())
         if self._status_context is None:
             yield from super().extents(offset, length)
             return
-        while offset < min(end, size):
-            for span in self._ask_status(offset, min(end, size)):
+        while offset < stored:
+            for span in self._ask_status(offset, stored):
                 stop = min(span.end, end)
                 if stop > offset:
                     yield Span(offset, stop - offset, span.data)
@@ -171,6 +171,8 @@ class NbdStorage(Storage):
         self, wanted: Iterable[tuple[int, memoryview]], detours: list[tuple[memoryview, memoryview]]
     ) -> Iterator[Ask]:
         for offset, view in wanted:
+            if not len(view):
+                continue
             end = offset + len(view)
             first, last = self._blocks.around(offset, end)
             for start, stop in self._blocks.pieces(first, last, PIECE):
@@ -197,7 +199,7 @@ class NbdStorage(Storage):
         if time.monotonic() - known.said < STATUS_LIFE and known.spans[0].offset <= offset < known.spans[-1].end:
             return known.spans
         start, stop = self._blocks.around(offset, end)
-        stop = min(stop, start + LONG_PIECE * 2)
+        stop = min(stop, start + STATUS_PIECE)
         said = time.monotonic()
         answer = self._run("read the holes of", [_status(start, stop - start)])
         spans = []
@@ -205,9 +207,8 @@ class NbdStorage(Storage):
             spans.append(Span(start, length, not state & STATE_ZERO))
             start += length
         if start <= offset or (start % self._blocks.block and start < self._session.size):
-            raise RemoteProtocolError(
-                f"the server broke the NBD protocol: its extents end at {start}, expected more, and whole blocks of "
-                f"{self._blocks.block}")
+            raise RemoteProtocolError(f"the server broke the NBD protocol: its extents end at {start}, expected more, "
+                                      f"and whole blocks of {self._blocks.block}")
         if not self.writable:  # what we change ourselves must be seen at once
             self._status = _Status(said, tuple(spans))
         return spans
@@ -219,9 +220,8 @@ class NbdStorage(Storage):
         self._check_writable(doing)
         check_span(offset, length)
         if length and offset + length > self.length():
-            raise NoSpace(
-                f"cannot {doing} '{self.name}': {length} bytes at offset {offset} end beyond the export of "
-                f"{self._session.size} bytes", errno=errno.ENOSPC, filename=self.name)
+            raise NoSpace(f"cannot {doing} '{self.name}': {length} bytes at offset {offset} end beyond the export of "
+                          f"{self._session.size} bytes", errno=errno.ENOSPC, filename=self.name)
         return length > 0
 
     def _check_writable(self, doing: str) -> None:

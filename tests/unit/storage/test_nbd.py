@@ -96,6 +96,17 @@ def test_changes_keep_the_block_sizes(
     assert not [one for one in disk.log if isinstance(one, BadRequest)]
 
 
+def test_nothing_is_asked_for_nothing(blocky: Blocky) -> None:
+    blocky.disk.log.clear()
+    blocky.storage.pwrite(700, b"")
+    blocky.storage.zero(700, 0)
+    blocky.storage.discard(700, 0)
+    assert blocky.storage.read(700, 0) == b""
+    assert blocky.storage.read(1 << 40, 5) == bytes(5)
+    assert blocky.storage.read_spans([(700, 0), (1 << 40, 3)]) == [b"", bytes(3)]
+    assert blocky.disk.log == []
+
+
 def test_answers_in_any_order_find_their_askers() -> None:
     asked = 8
 
