@@ -103,7 +103,7 @@ class Qcow2Layer(Layer):
         elif piece.kind is Kind.COMPRESSED:
             within = self.geometry.in_cluster(piece.start)
             # Never deciphered: QEMU stores compressed clusters of encrypted images in clear.
-            buffer[:] = self.compressed.cluster(piece.host, piece.stored)[within : within + piece.length]
+            buffer[:] = self.compressed.part(piece.host, piece.stored, skip=within, size=piece.length)
         else:
             fill_zeros(buffer)
 

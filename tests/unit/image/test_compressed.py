@@ -390,3 +390,41 @@ def test_a_read_over_many_clusters_of_an_image_loads_them_together(kind: str, tm
     with cowslice.open(top, decompressed_cache_size=0) as disk:
         assert disk.read(0, disk.size) == raw.read_bytes()
         assert disk.decompressed.statistics().used == 0
+
+
+def test_a_part_that_is_asked_for_once_leaves_nothing_behind() -> None:
+    shared = DecompressedCache()
+    layer = CompressedClusters(Watched(), kind=Compression.DEFLATE, cluster_size=CLUSTER, shared=shared)
+    assert bytes(layer.part(*SPANS[3], skip=100, size=50)) == CLUSTERS[3][100:150]
+    assert shared.statistics().used == 0
+
+
+def test_a_cluster_whose_parts_are_asked_for_again_is_kept() -> None:
+    shared, storage = DecompressedCache(), Watched()
+    layer = CompressedClusters(storage, kind=Compression.DEFLATE, cluster_size=CLUSTER, shared=shared)
+    for skip in (0, 512, 1024, 4000):
+        assert bytes(layer.part(*SPANS[5], skip=skip, size=90)) == CLUSTERS[5][skip : skip + 90]
+    assert len(storage.reads) == 2
+    assert shared.statistics().used == CLUSTER
+
+
+def test_the_end_of_a_cluster_is_all_of_it() -> None:
+    shared = DecompressedCache()
+    layer = CompressedClusters(Watched(), kind=Compression.DEFLATE, cluster_size=CLUSTER, shared=shared)
+    assert bytes(layer.part(*SPANS[0], skip=CLUSTER - 10, size=10)) == CLUSTERS[0][-10:]
+    assert shared.statistics().used == CLUSTER
+
+
+def test_only_so_many_askings_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compressed, "REMEMBERED", 2)
+    shared = DecompressedCache()
+    layer = CompressedClusters(Watched(), kind=Compression.DEFLATE, cluster_size=CLUSTER, shared=shared)
+    for number in (0, 1, 2, 0):
+        layer.part(*SPANS[number], skip=0, size=9)
+    assert shared.statistics().used == 0
+
+
+def test_damage_in_the_part_that_is_asked_for_says_where() -> None:
+    layer = CompressedClusters(MemoryStorage(b"\xff" * 4096), kind=Compression.DEFLATE, cluster_size=CLUSTER)
+    with pytest.raises(CorruptImage, match="at host offset 0x200"):
+        layer.part(512, 512, skip=0, size=100)
