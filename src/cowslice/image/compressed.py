@@ -138,7 +138,7 @@ class DecompressedCache:
             return data
 
     def asked_before(self, key: Key) -> bool:
-        """Whether a part of the cluster was asked for of late, and has to be read again: then all of it is worth keeping."""
+        """Whether a part of it was asked for of late and has to be read again: then all of it is worth keeping."""
         with self._lock:
             if self._asked.pop(key, self) is None:
                 return True
@@ -221,7 +221,7 @@ class CompressedClusters:
     def part(self, host_offset: int, length: int, *, skip: int, size: int) -> memoryview:
         """Return `size` bytes that begin `skip` bytes into a cluster, read-only. Raises as `cluster`.
 
-        When they are asked for the first time, nothing behind them is decompressed; a cluster that is asked for again is
+        When they are asked for the first time nothing behind them is decompressed; a cluster that is asked for again is
         decompressed whole and kept. So random reads cost half a cluster, and sequential ones hardly more than before.
         """
         key = (self._layer, host_offset, length)
