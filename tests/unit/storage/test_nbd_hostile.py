@@ -22,7 +22,7 @@ from tests.unit.storage.scripted import Client, Script, scripted
 
 SIZE = 1 << 20
 CONTENT = random.Random(4).randbytes(SIZE)
-QUIET = 0.3  # seconds that these tests let a server be silent
+QUIET = 1.25  # seconds that these tests let a server be silent: more than a busy machine needs for an honest one
 
 quick = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -72,7 +72,7 @@ def test_a_server_that_hangs_up_is_a_plain_error() -> None:
 
 @pytest.mark.parametrize("script", [say(), say(b"NBDMAGIC")])
 def test_a_negotiation_has_a_deadline(script: Script) -> None:
-    with scripted(new_disk(), script) as uri, pytest.raises(StorageError, match=r"did not answer for 0\.3 sec") as late:
+    with scripted(new_disk(), script) as uri, pytest.raises(StorageError, match=r"did not answer for 1\.25") as late:
         NbdStorage(uri, timeout=QUIET)
     assert late.value.errno == errno.ETIMEDOUT
 
@@ -172,7 +172,7 @@ def test_silence_ends_all_who_wait(size: int) -> None:
     mute = scripted(Disk(bytearray(size)), spoiling(Client.wait_for_end))
     with mute as uri, NbdStorage(uri, timeout=QUIET) as storage, ThreadPoolExecutor(3) as pool:
         for one in [pool.submit(storage.read, 0, size) for _ in range(3)]:
-            with pytest.raises(StorageError, match=r"did not answer for 0\.3 seconds") as late:
+            with pytest.raises(StorageError, match=r"did not answer for 1\.25 seconds") as late:
                 one.result()
             assert late.value.errno == errno.ETIMEDOUT
 
@@ -180,7 +180,7 @@ def test_silence_ends_all_who_wait(size: int) -> None:
 def test_silence_while_nobody_asks_is_no_fault() -> None:
     with scripted(new_disk()) as uri, NbdStorage(uri, timeout=QUIET) as storage:
         assert storage.read(0, 9) == CONTENT[:9]
-        assert not threading.Event().wait(2 * QUIET)
+        assert not threading.Event().wait(1.5 * QUIET)
         assert storage.read(5, 9) == CONTENT[5:14]
 
 
@@ -245,7 +245,7 @@ def test_whatever_a_server_says_only_our_errors_come_out(seed: int, early: bool)
             client.socket.sendall(spoil(client.server.feed(b"")))
         else:
             client.negotiate()
-        client.socket.settimeout(QUIET)
+        client.socket.settimeout(0.3)
         try:
             client.answer(spoil)
         except TimeoutError:
@@ -255,7 +255,7 @@ def test_whatever_a_server_says_only_our_errors_come_out(seed: int, early: bool)
 
     with scripted(new_disk(), answer) as uri:
         try:
-            with NbdStorage(uri, timeout=QUIET / 3) as storage:
+            with NbdStorage(uri, timeout=0.1) as storage:
                 list(storage.extents(0, SIZE))
                 storage.read(0, 70_000)
                 storage.read_spans([(n * 9000, 5000) for n in range(9)])
