@@ -7,18 +7,25 @@ clusters at a time, findings up to a limit, and the totals count them all, by th
 from __future__ import annotations
 
 import threading
+from array import array
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from cowslice.errors import StorageError, UnsupportedImage
-from cowslice.format.entries import COPIED, L1_OFFSET_MASK, L1_RESERVED_MASK
 from cowslice.format.limits import MAX_FINDINGS
 from cowslice.format.refcounts import REFTABLE_OFFSET_MASK, REFTABLE_RESERVED_MASK
-from cowslice.ops.l2rules import EntryRules, end_fault, judge_entry, start_cluster
+from cowslice.ops.dataruns import DataRuns
+from cowslice.ops.l2rules import EntryRules, end_fault, l1_faults
+from cowslice.ops.l2scan import TableScan
 from cowslice.ops.refcheck import SATURATED, Tally
 from cowslice.ops.references import load_tables, place_fault, stored_count
-from cowslice.ops.tables import Area, L1Tree, Tables, most_tables
+from cowslice.ops.roots import Roots
+from cowslice.ops.sweep import Segment, sweep
+from cowslice.ops.tables import L1Tree, Tables
+from cowslice.ops.tableset import TableSet
 from cowslice.storage.base import Storage
 from cowslice.units import SECTOR, MiB
 
@@ -32,7 +39,6 @@ WORTH_THREADS = 64 * MiB
 MAX_CLAIMED = 1024
 
 Progress = Callable[[int, int], None]
-Job = tuple[L1Tree, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +82,19 @@ class CheckReport:
             self.check_errors += finding.count
         else:
             self.corruptions += finding.count
-        if self._told[finding.kind] < limit:
+        if not self.is_full(finding.kind, limit):
             self._told[finding.kind] += 1
             self.findings.append(finding)
         else:
             self.untold += 1
 
+    def is_full(self, kind: str, limit: int = MAX_FINDINGS) -> bool:
+        """Whether there are so many findings of a kind that no more are kept, only counted."""
+        return self._told[kind] >= limit
+
 
 def check(storage: Storage, *, workers: int = 2, window: int = WINDOW, progress: Progress | None = None) -> CheckReport:
-    """Check a qcow2 file for leaks and corruption. `progress(done, total)` counts L2 tables over all passes.
+    """Check a qcow2 file for leaks and corruption. `progress(done, total)` counts distinct L2 tables over all passes.
 
     Raises ImageError when the header does not allow a check, StorageError when nothing can be read.
     """
@@ -108,21 +118,25 @@ class _Run:
         # One more than the file has: a span may begin in the last, incomplete cluster and end behind it.
         self.universe = tables.clusters + 1
         self.window = window
-        self._entries = sum(tree.entries for tree in tables.trees)
-        self.workers = self._worth(workers)
+        self.roots = Roots(tables)
+        self.workers = workers
         self._progress = progress
-        self._done = 0
-        self._total = self._entries * -(-self.universe // window)
         self._jobs_lock = threading.Lock()
         self.stopped = False
         self._lock = threading.Lock()
 
     def everything(self) -> None:
         """Run every pass, then find out who claims the clusters whose counts differ."""
-        for fault in self.tables.faults:
-            self.corruption(fault)
+        for fault, times in self.tables.faults:
+            self.corruption(fault, count=times)
         for error in self.tables.errors:
             self.error(error)
+        self.areas = [*self._sound_areas()]
+        self.blocks = self._sound_blocks()
+        self.found = self.roots.collect(0, self._odd_l1_entry, lambda error: self.error(str(error)))
+        self._tell_far_tables()
+        self.sparse = self._is_sparse(len(self.found))
+        self.chains = self._chains(self.found)
         highest = -1
         for first in range(0, self.universe, self.window):
             tally = Tally(first, min(self.window, self.universe - first), self.geometry.max_refcount)
@@ -130,20 +144,14 @@ class _Run:
         self.report.image_end_offset = (max(highest, 0) + 1) << self.geometry.cluster_bits
         self._name_claims()
 
-    def _worth(self, workers: int) -> int:
-        tables = min(self._entries, self.tables.clusters)
-        local = self.tables.storage.fileno() >= 0
-        worth = tables << self.geometry.cluster_bits >= WORTH_THREADS or not local
-        return min(workers, max(tables, 1)) if worth else 1
-
     def _pass(self, tally: Tally) -> int:
         """Count into one window and compare it. Returns the highest cluster in use in it, or -1."""
         self._load_stored(tally)
-        first = tally.first == 0
-        for area in self.tables.areas:
-            self.count_area(tally, area, tell=first)
-        self._scan_tables(tally)
-        self._count_refblocks(tally, tell=first)
+        self._count_areas(tally)
+        for found in self.roots.sets(self.found):
+            self._count_tables(tally, found)
+            self._scan_tables(tally, found, self.chains if found is self.found else self._chains(found))
+        self._count_refblocks(tally)
         self._forget_beyond(tally)
         self._compare(tally)
         return tally.highest()
@@ -153,6 +161,7 @@ class _Run:
         entries = self.geometry.refblock_entries
         buffer = bytearray(self.geometry.cluster_size)
         last = (tally.first + tally.clusters - 1) // entries
+        held = -1
         for index in range(tally.first // entries, min(last + 1, len(self.tables.reftable))):
             offset = self.tables.reftable[index] & REFTABLE_OFFSET_MASK
             if not offset:
@@ -161,8 +170,11 @@ class _Run:
                 self._lost_block(tally, index, f"refcount block {index} {fault}")
                 continue
             try:
-                self.tables.storage.read_into(offset, buffer)
+                if offset != held:
+                    self.tables.storage.read_into(offset, buffer)
+                held = offset
             except StorageError as error:
+                held = -1
                 self._lost_block(tally, index, str(error))
                 continue
             tally.load(index * entries, buffer, self.geometry.refcount_order)
@@ -173,36 +185,110 @@ class _Run:
         if marked:
             self.error(f"the refcounts of {marked} clusters cannot be known: {why}", marked)
 
-    def count_area(self, tally: Tally, area: Area, *, tell: bool) -> None:
-        """Count the references of one structure other than an L2 entry."""
-        if area.length <= 0:
-            return
-        if fault := end_fault(area.offset, area.length, self.rules(active=False)):
-            if tell:
-                self.corruption(f"{area.owner}: {fault}")
-            return
-        first = area.offset >> self.geometry.cluster_bits
-        last = (area.offset + area.length - 1) >> self.geometry.cluster_bits
-        self.overflows(tally.add(first, last - first + 1), area.owner)
+    def _sound_areas(self) -> Iterator[Segment]:
+        """The clusters of all structures but L2 tables and refcount blocks; what lies behind the file is told."""
+        rules = EntryRules(self.geometry, self.tables.header.has_data_file, False, self.tables.file_length)
+        spans, self._owners = [], list[str]()
+        bits = self.geometry.cluster_bits
+        for area in self.tables.areas:
+            if area.length <= 0:
+                continue
+            if fault := end_fault(area.offset, area.length, rules):
+                self.corruption(f"{area.owner}: {fault}", count=area.times)
+                continue
+            spans.append((area.offset >> bits, (area.offset + area.length - 1 >> bits) + 1, area.times))
+            self._owners.append(area.owner)
+        return sweep(spans)
 
-    def overflows(self, clusters: list[int], owner: str) -> None:
-        for cluster in clusters:
-            most = self.geometry.max_refcount
-            self.corruption(f"{owner} refers to a cluster that already has {most} references, as many as its refcount "
-                             "can say", cluster=cluster)
+    def _count_areas(self, tally: Tally) -> None:
+        at = bisect_right(self.areas, tally.first, key=lambda segment: segment.end)
+        for segment in self.areas[at:]:
+            if segment.start >= tally.first + tally.clusters:
+                return
+            excess, cluster = tally.add(segment.start, segment.end - segment.start, segment.times)
+            if excess:
+                self.overflow(cluster, self._owners[segment.member], excess)
 
-    def rules(self, *, active: bool) -> EntryRules:
-        """What entries of the active disk, or of a snapshot, are held against."""
-        return EntryRules(self.geometry, self.tables.header.has_data_file, active, self.tables.file_length)
+    def overflow(self, cluster: int, owner: str, count: int) -> None:
+        """Tell of references beyond the refcount width. May be called by any thread."""
+        most = self.geometry.max_refcount
+        self.corruption(f"{owner} refers to a cluster that already has {most} references, as many as its refcount "
+                         "can say", cluster, count)
 
-    def _scan_tables(self, tally: Tally) -> None:
-        """Count what all L2 tables refer to, in as many threads as are worth their while."""
-        jobs = self._jobs(tell=tally.first == 0)
-        if self.workers == 1:
-            _Scan(self, tally, shared=False).everything(jobs)
-            return
-        scans = [_Scan(self, tally, shared=True) for _ in range(self.workers)]
-        threads = [threading.Thread(target=scan.everything, args=(jobs,), daemon=True) for scan in scans]
+    def _odd_l1_entry(self, word: int, tree: L1Tree, place: int, times: int) -> None:
+        """Judge an entry of an L1 table, but for where its table lies."""
+        for fault in l1_faults(word, self.geometry, tree.active, lambda cluster: stored_count(self.tables, cluster)):
+            index = place - tree.offset // 8
+            self.corruption(f"L1 entry {index} of {tree.owner} is {word:#018x}: {fault}", count=times)
+
+    def _tell_far_tables(self) -> None:
+        """Tell of all L1 entries whose table lies behind the file."""
+        for found in self.roots.sets(self.found):
+            for n in range(found.find(self.tables.file_length), len(found)):
+                offset, place, _, times = found[n]
+                tree, index = self.roots.owner(place)
+                self.corruption(f"L1 entry {index} of {tree.owner}: it points at {offset:#x}, beyond the end of the file "
+                                f"at {self.tables.file_length:#x}", count=times)
+
+    def _count_tables(self, tally: Tally, found: TableSet) -> None:
+        """Count the clusters that L2 tables lie in: two of a table that is not aligned."""
+        bits, size = self.geometry.cluster_bits, self.geometry.cluster_size
+        low = found.find(max(0, (tally.first - 1) << bits))
+        for n in range(low, found.find(min((tally.first + tally.clusters) << bits, self.tables.file_length))):
+            offset, place, _, times = found[n]
+            first, last = offset >> bits, (offset + size - 1) >> bits
+            excess, cluster = tally.add(first, last - first + 1, times)
+            if excess:
+                tree, index = self.roots.owner(place)
+                self.overflow(cluster, f"L1 entry {index} of {tree.owner}", excess)
+
+    def _is_sparse(self, tables: int) -> bool:
+        """Whether some L2 tables must lie in holes, so that it is worth to ask where the holes are."""
+        return tables << self.geometry.cluster_bits > max(self.tables.storage.allocated() or 0, WORTH_THREADS)
+
+    def _chains(self, found: TableSet) -> array[int]:
+        """The number of the first table of each chain of overlapping tables with data, and where the chain ends."""
+        chains = array("Q")
+        runs = DataRuns(self.tables.storage, ask=self.sparse)
+        low, last = 0, found.find(self.tables.file_length)
+        while low < last:
+            high = min(found.chain(low, self.geometry.cluster_size), last)
+            start, end = found[low][0], found[high - 1][0] + self.geometry.cluster_size
+            with suppress(StorageError):  # it is met again when the table is read
+                if next(runs.within(start, end), None) is None:
+                    low = high
+                    continue
+            chains.extend((low, high))
+            low = high
+        return chains
+
+    def _scan_tables(self, tally: Tally, found: TableSet, chains: array[int]) -> None:
+        """Count what L2 tables refer to, in as many threads as are worth their while."""
+        local = self.tables.storage.fileno() >= 0
+        worth = len(chains) // 2 << self.geometry.cluster_bits >= WORTH_THREADS or not local
+        workers = min(self.workers, len(chains) // 2) if worth else 1
+        jobs = zip(chains[::2], chains[1::2], strict=True)
+        total = len(found) * -(-self.universe // self.window)
+        done = len(found) * (tally.first // self.window)
+        failures: list[BaseException] = []
+
+        def work() -> None:
+            scan = TableScan(self.roots, tally, self, shared=workers > 1, sparse=self.sparse)
+            try:
+                while (job := self._next_job(jobs, done, total)) is not None:
+                    scan.chain(found, *job)
+            except BaseException as error:
+                self.stopped = True
+                failures.append(error)
+
+        if workers <= 1:
+            work()
+        else:
+            self._join([threading.Thread(target=work, daemon=True) for _ in range(workers)])
+        if failures:
+            raise failures[0]
+
+    def _join(self, threads: list[threading.Thread]) -> None:
         for thread in threads:
             thread.start()
         try:
@@ -211,49 +297,34 @@ class _Run:
         except BaseException:
             self.stopped = True
             raise
-        for scan in scans:
-            if scan.failure is not None:
-                raise scan.failure
 
-    def next_job(self, jobs: Iterator[Job]) -> Job | None:
-        """Hand out one L2 table; None when there are no more, or nobody waits for the result."""
+    def _next_job(self, jobs: Iterator[tuple[int, int]], done: int, total: int) -> tuple[int, int] | None:
+        """Hand out one chain of tables; None when there are no more, or nobody waits for the result."""
         with self._jobs_lock:
             job = None if self.stopped else next(jobs, None)
             if self._progress and not self.stopped:
-                self._progress(self._done + (job[1] if job else 0), self._total)
+                self._progress(done + job[0] if job else min(done + len(self.found), total), total)
             return job
 
-    def _jobs(self, *, tell: bool) -> Iterator[Job]:
-        """Walk every L1 table. One with more L2 tables than the file could hold is left where that shows."""
-        for tree in self.tables.trees:
-            try:
-                for number, (index, word) in enumerate(tree.tables()):
-                    if number == most_tables(self.tables):
-                        if tell:
-                            self.corruption(f"the L1 table of {tree.owner} has more L2 tables than the file has "
-                                            "clusters; the rest of it is not checked")
-                        break
-                    yield tree, index, word
-            except StorageError as error:
-                if tell:
-                    self.error(str(error))
-            self._done += tree.entries
-
-    def _count_refblocks(self, tally: Tally, *, tell: bool) -> None:
-        """Count the refcount blocks last: each must be referenced once, by its table entry alone."""
+    def _sound_blocks(self) -> dict[int, array[int]]:
+        """Tell which refcount table entries are wrong; the indexes of the others by the window of their block."""
+        blocks: dict[int, array[int]] = {}
         for index, word in enumerate(self.tables.reftable):
             if not word:
                 continue
-            offset = word & REFTABLE_OFFSET_MASK
-            fault = self._block_fault(word)
-            if fault:
-                if tell:
-                    self.corruption(f"refcount table entry {index} is {word:#018x}: {fault}")
-                continue
-            cluster = offset >> self.geometry.cluster_bits
-            if not offset or not tally.first <= cluster < tally.first + tally.clusters:
-                continue
-            self.count_area(tally, Area(offset, self.geometry.cluster_size, f"refcount block {index}"), tell=tell)
+            if fault := self._block_fault(word):
+                self.corruption(f"refcount table entry {index} is {word:#018x}: {fault}")
+            elif offset := word & REFTABLE_OFFSET_MASK:
+                window = (offset >> self.geometry.cluster_bits) // self.window
+                blocks.setdefault(window, array("L")).append(index)
+        return blocks
+
+    def _count_refblocks(self, tally: Tally) -> None:
+        """Count the refcount blocks last: each must be referenced once, by its table entry alone."""
+        for index in self.blocks.get(tally.first // self.window, ()):
+            cluster = (self.tables.reftable[index] & REFTABLE_OFFSET_MASK) >> self.geometry.cluster_bits
+            if excess := tally.add(cluster)[0]:
+                self.overflow(cluster, f"refcount block {index}", excess)
             references = tally.get(cluster)[1]
             if references != 1:
                 self.corruption(f"refcount block {index} has {references} references, expected 1", cluster=cluster)
@@ -298,7 +369,7 @@ class _Run:
             return
         from cowslice.ops.claims import claims_of
 
-        claimed = claims_of(self.tables, wanted)
+        claimed = claims_of(self.roots, wanted, self.found)
         for n, told in enumerate(self.report.findings):
             if told.clusters:
                 owners = [owner for k in range(told.cluster, told.cluster + min(told.clusters, 16))
@@ -312,100 +383,16 @@ class _Run:
             self.report.compressed_clusters += compressed
             self.report.fragmented_clusters += fragmented
 
-    def corruption(self, message: str, cluster: int = -1) -> None:
-        """Count and keep one corruption. May be called by any thread."""
+    def told(self, kind: str) -> bool:
+        """Whether no more findings of a kind are kept, so that nobody reads their message."""
+        return self.report.is_full(kind)
+
+    def corruption(self, message: str, cluster: int = -1, count: int = 1) -> None:
+        """Count and keep a corruption. May be called by any thread."""
         with self._lock:
-            self.report.add(CheckFinding("corruption", message, cluster=cluster))
+            self.report.add(CheckFinding("corruption", message, count, cluster))
 
     def error(self, message: str, count: int = 1) -> None:
         """Count and keep something that could not be checked. May be called by any thread."""
         with self._lock:
             self.report.add(CheckFinding("error", message, count))
-
-
-class _Scan:
-    """One thread's work: read L2 tables and count what they refer to."""
-
-    def __init__(self, run: _Run, tally: Tally, *, shared: bool) -> None:
-        self.run = run
-        self.tally = tally
-        self.shared = shared
-        self.failure: BaseException | None = None
-        self.tables = run.tables
-        self.geometry = run.geometry
-        self.buffer = bytearray(self.geometry.cluster_size)
-
-    def everything(self, jobs: Iterator[Job]) -> None:
-        """Take tables until there are none. A failure stops this thread and is kept for the caller."""
-        try:
-            while (job := self.run.next_job(jobs)) is not None:
-                self._table(*job)
-        except BaseException as error:
-            self.run.stopped = True
-            if not self.shared:
-                raise
-            self.failure = error
-
-    def _table(self, tree: L1Tree, index: int, word: int) -> None:
-        rules = self.run.rules(active=tree.active)
-        where = f"L1 entry {index} of {tree.owner}"
-        offset = word & L1_OFFSET_MASK
-        first = self.tally.first == 0
-        self.run.count_area(self.tally, Area(offset, self.geometry.cluster_size, where), tell=first)
-        if first:
-            for fault in self._l1_faults(word, tree):
-                self.run.corruption(f"{where} is {word:#018x}: {fault}")
-        try:
-            self.tables.storage.read_into(offset, self.buffer)
-        except StorageError as error:
-            if first:
-                self.run.error(str(error))
-            return
-        if not offset:  # the header read as a table: nothing there can own a cluster alone
-            rules = self.run.rules(active=False)
-        self._entries(tree, index, rules)
-
-    def _l1_faults(self, word: int, tree: L1Tree) -> Iterator[str]:
-        offset = word & L1_OFFSET_MASK
-        if reserved := word & L1_RESERVED_MASK:
-            yield f"reserved bits {reserved:#x} are set"
-        if not self.geometry.is_aligned(offset):
-            yield f"the L2 table at {offset:#x} is not aligned to a cluster"
-        if not tree.active or not offset:
-            return
-        count = stored_count(self.tables, offset >> self.geometry.cluster_bits)
-        if count is not None and (count == 1) != bool(word & COPIED):
-            yield f"the copied flag is {'set' if word & COPIED else 'clear'}, but the refcount of the table is {count}"
-
-    def _entries(self, tree: L1Tree, index: int, rules: EntryRules) -> None:
-        geometry = self.geometry
-        odd, overflowed, allocated, compressed, fragmented = self.tally.scan(
-            self.buffer, cluster_bits=geometry.cluster_bits, extended=geometry.extended_l2, data_file=rules.data_file,
-            file_length=rules.file_length, active=rules.active, shared=self.shared)
-        for entry, cluster in overflowed:
-            self.run.overflows([cluster], self._place(tree, index, entry))
-        for entry in odd:
-            self._judge(tree, index, entry, rules)
-        if tree.active and self.tally.first == 0:
-            self.run.add_totals(allocated, compressed, fragmented)
-
-    def _judge(self, tree: L1Tree, index: int, entry: int, rules: EntryRules) -> None:
-        """Judge one entry by the plain rules and count it. It is told in the window where its span begins."""
-        size = self.geometry.l2_entry_size
-        raw = self.buffer[entry * size : (entry + 1) * size]
-        word, bitmap = int.from_bytes(raw[:8], "big"), int.from_bytes(raw[8:], "big")
-        verdict = judge_entry(word, bitmap, rules, lambda cluster: stored_count(self.tables, cluster))
-        start, tally = start_cluster(word, rules), self.tally
-        here = tally.first <= start < tally.first + tally.clusters
-        place = self._place(tree, index, entry)
-        if here or (start >= self.run.universe and tally.first == 0):
-            for fault in verdict.faults:
-                self.run.corruption(f"{place} is {raw.hex()}: {fault}", cluster=start)
-        if verdict.span:
-            offset, length = verdict.span
-            last = (offset + length - 1) >> self.geometry.cluster_bits
-            self.run.overflows(tally.add(start, last - start + 1), place)
-
-    def _place(self, tree: L1Tree, index: int, entry: int) -> str:
-        guest = (index << self.geometry.l2_bits | entry) << self.geometry.cluster_bits
-        return f"the entry of guest offset {guest:#x} of {tree.owner}"

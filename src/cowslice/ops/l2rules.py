@@ -1,4 +1,4 @@
-"""The rules that one L2 entry must keep, in plain words: the truth for every entry that the compiled count hands back.
+"""The rules that an L1 or L2 entry must keep, in plain words: the truth for every entry that the compiled count hands back.
 
 It does not know where the tables lie or how counts are kept. The order of the rules is that of `qemu-img check`, so
 that both count the same number of corruptions.
@@ -13,6 +13,8 @@ from cowslice.format.entries import (
     ALL_SUBCLUSTERS,
     COMPRESSED,
     COPIED,
+    L1_OFFSET_MASK,
+    L1_RESERVED_MASK,
     L2_OFFSET_MASK,
     L2_RESERVED_MASK,
     ZERO,
@@ -82,6 +84,20 @@ def end_fault(offset: int, length: int, rules: EntryRules) -> str:
     if beyond < rules.geometry.cluster_size:
         return ""
     return f"it points at {offset:#x}, beyond the end of the file at {rules.file_length:#x}"
+
+
+def l1_faults(word: int, geometry: Geometry, active: bool, stored: StoredCount) -> Iterator[str]:
+    """What breaks a rule in one L1 entry, but for a table behind the file."""
+    offset = word & L1_OFFSET_MASK
+    if reserved := word & L1_RESERVED_MASK:
+        yield f"reserved bits {reserved:#x} are set"
+    if not geometry.is_aligned(offset):
+        yield f"the L2 table at {offset:#x} is not aligned to a cluster"
+    if not active or not offset:
+        return
+    count = stored(offset >> geometry.cluster_bits)
+    if count is not None and (count == 1) != bool(word & COPIED):
+        yield f"the copied flag is {'set' if word & COPIED else 'clear'}, but the refcount of the table is {count}"
 
 
 def _judge_compressed(word: int, bitmap: int, rules: EntryRules) -> Verdict:

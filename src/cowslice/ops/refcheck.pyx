@@ -15,8 +15,8 @@ cdef extern from "<endian.h>" nogil:
     uint16_t be16toh(uint16_t word)
 
 cdef extern from * nogil:
-    uint32_t __atomic_fetch_add(uint32_t *slot, uint32_t step, int order)
-    uint32_t __atomic_fetch_sub(uint32_t *slot, uint32_t step, int order)
+    uint32_t __atomic_load_n(uint32_t *slot, int order)
+    bint __sync_bool_compare_and_swap(uint32_t *slot, uint32_t old, uint32_t new)
 
 # Format section "Cluster descriptors": bit 63 copied, 62 compressed, 9-55 offset, 0 zero, the rest reserved.
 cdef uint64_t COPIED = <uint64_t>1 << 63
@@ -40,24 +40,39 @@ cdef struct Rules:
     uint64_t eof  # host clusters of the file
     uint64_t bad  # bits that no standard entry may have
 
+    uint64_t times
+    uint64_t visits  # of the active disk
+
 cdef struct Seen:
     uint64_t allocated
     uint64_t compressed
     uint64_t fragmented
-    uint64_t follows  # where the next cluster lies if it is not a fragment
 
 
-cdef inline bint _count(uint32_t *slot, uint32_t limit, bint shared) noexcept nogil:
-    """Add one reference, unless the refcount width is exhausted: then False."""
+cdef class Trail:
+    """How far the clusters of overlapping tables follow each other, from one piece to the next.
+
+    `follows`: where the next cluster lies if it is not a fragment; `fresh`: visits that began behind the last cluster.
+    """
+
+    cdef public uint64_t follows
+    cdef public uint64_t fresh
+
+
+cdef inline uint64_t _count(uint32_t *slot, uint64_t limit, uint64_t times, bint shared) noexcept nogil:
+    """Add references as far as the refcount width goes. Returns how many are beyond it."""
+    cdef uint32_t old
+    cdef uint64_t new
     if not shared:
-        if slot[0] >= limit:
-            return False
-        slot[0] += 1
-        return True
-    if __atomic_fetch_add(slot, 1, 0) >= limit:
-        __atomic_fetch_sub(slot, 1, 0)
-        return False
-    return True
+        new = min(slot[0] + times, limit)
+        times -= new - slot[0]
+        slot[0] = <uint32_t>new
+        return times
+    while True:
+        old = __atomic_load_n(slot, 0)
+        new = min(old + times, limit)
+        if new == old or __sync_bool_compare_and_swap(slot, old, <uint32_t>new):
+            return times - (new - old)
 
 
 cdef inline uint32_t _stored_at(const uint8_t *block, uint64_t i, int order) noexcept nogil:
@@ -124,16 +139,23 @@ cdef class Tally:
             i += 1
         return marked
 
-    def add(self, uint64_t cluster, uint64_t clusters=1):
-        """Count one reference to each cluster of a run that lies in the window. Returns the clusters that overflowed."""
+    def add(self, uint64_t cluster, uint64_t clusters=1, uint64_t times=1):
+        """Count references to each cluster of a run that lies in the window.
+
+        Returns how many are beyond the refcount width, and the first cluster that has such.
+        """
         cdef uint64_t i = max(cluster, self.first)
         cdef uint64_t end = min(cluster + clusters, self.first + self.clusters)
-        cdef list overflowed = []
-        while i < end:
-            if not _count(self.counted + (i - self.first), self.limit, True):
-                overflowed.append(i)
-            i += 1
-        return overflowed
+        cdef uint64_t beyond, excess = 0, overflowed = 0
+        with nogil:
+            while i < end:
+                beyond = _count(self.counted + (i - self.first), self.limit, times, True)
+                if beyond:
+                    if not excess:
+                        overflowed = i
+                    excess += beyond
+                i += 1
+        return excess, overflowed
 
     def get(self, uint64_t cluster):
         """(stored, counted) of a cluster in the window."""
@@ -172,10 +194,10 @@ cdef class Tally:
         cdef uint64_t k = offset >> rules.cluster_bits
         cdef uint64_t last = ((offset | 511) + 512 * ((word & ~(COPIED | COMPRESSED)) >> place)) >> rules.cluster_bits
         if rules.data_file or bitmap:
-            return self.first != 0  # judged once, in the first window
-        seen.allocated += 1
-        seen.compressed += 1
-        seen.fragmented += 1
+            return False
+        seen.allocated += rules.visits
+        seen.compressed += rules.visits
+        seen.fragmented += rules.visits
         if last >= rules.eof or word & COPIED:
             return False
         while k <= last:
@@ -183,22 +205,23 @@ cdef class Tally:
             k += 1
         return True
 
-    cdef bint _standard(self, const Rules *rules, Seen *seen, uint64_t word, uint64_t bitmap, Py_ssize_t i,
-                        list overflowed) noexcept nogil:
+    cdef bint _standard(self, const Rules *rules, Seen *seen, Trail trail, uint64_t word, uint64_t bitmap,
+                        Py_ssize_t i, list overflowed) noexcept nogil:
         """Count a standard or extended entry; False when it breaks a rule."""
         cdef uint64_t offset = word & OFFSET
         cdef uint64_t k = offset >> rules.cluster_bits
         cdef uint32_t stored
         if offset == 0 and not (rules.data_file and word & COPIED and (rules.extended or not word & ZERO)):
-            return self.first != 0 or not (word & RESERVED or bitmap & LOW)
-        seen.allocated += 1
-        if seen.follows and seen.follows != offset:
-            seen.fragmented += 1
-        seen.follows = offset + (<uint64_t>1 << rules.cluster_bits)
+            return not (word & RESERVED or bitmap & LOW)
+        seen.allocated += rules.visits
+        if trail.follows and trail.follows != offset and rules.visits > trail.fresh:
+            seen.fragmented += rules.visits - trail.fresh
+        trail.follows = offset + (<uint64_t>1 << rules.cluster_bits)
+        trail.fresh = 0
         if word & rules.bad or (bitmap >> 32) & bitmap:
             return False
         if rules.data_file:
-            return not rules.active or word & COPIED or self.first != 0
+            return not rules.active or word & COPIED
         if k >= rules.eof:
             return False
         if k - self.first >= self.clusters:
@@ -210,18 +233,32 @@ cdef class Tally:
         return True
 
     cdef inline void _reference(self, const Rules *rules, uint64_t k, Py_ssize_t i, list overflowed) noexcept nogil:
-        if k - self.first < self.clusters and not _count(self.counted + (k - self.first), self.limit, rules.shared):
-            with gil:
-                overflowed.append((i, k))
+        cdef uint64_t beyond
+        if k - self.first < self.clusters:
+            beyond = _count(self.counted + (k - self.first), self.limit, rules.times, rules.shared)
+            if beyond:
+                with gil:
+                    overflowed.append((i, k, beyond))
+
+    cdef bint _is_judged_here(self, const Rules *rules, uint64_t word) noexcept nogil:
+        """Whether an entry concerns this window: all or some of its span lies in it, or behind the file."""
+        cdef int place = 70 - rules.cluster_bits
+        cdef uint64_t k = word & OFFSET
+        cdef uint64_t last = (k + (<uint64_t>1 << rules.cluster_bits) - 1) >> rules.cluster_bits
+        if word & COMPRESSED:
+            k = word & ((<uint64_t>1 << place) - 1)
+            last = ((k | 511) + 512 * ((word & ~(COPIED | COMPRESSED)) >> place)) >> rules.cluster_bits
+        k >>= rules.cluster_bits
+        return (last >= self.first and k < self.first + self.clusters) or (self.first == 0 and k > rules.eof)
 
     def scan(self, table, *, int cluster_bits, bint extended, bint data_file, uint64_t file_length, bint active,
-             bint shared):
-        """Count what a whole L2 table refers to in this window.
+             bint shared, uint64_t times=1, uint64_t visits=1, Trail trail=None):
+        """Count what an L2 table, or a piece of one, refers to in this window, `times` times.
 
-        Returns (odd, overflowed, allocated, compressed, fragmented): the indexes of entries that break a rule, which
-        were *not* counted and are for the caller to judge; (index, cluster) pairs beyond the refcount width; and three
-        totals over all entries. `active`: hold the copied flag against the stored refcount. `shared`: other threads
-        count into this object now.
+        Returns (odd, overflowed, allocated, compressed, fragmented): the indexes of entries that break a rule and
+        concern this window, which were *not* counted and are for the caller to judge; (index, cluster, references)
+        beyond the refcount width; and three totals over all entries, `visits` times. `active`: hold the copied flag
+        against the stored refcount. `shared`: other threads count into this object now.
         """
         cdef Py_buffer view
         cdef Py_ssize_t i, n, step = 2 if extended else 1
@@ -229,9 +266,11 @@ cdef class Tally:
         cdef const uint64_t *words
         cdef list odd = [], overflowed = []
         cdef bint right
-        cdef Seen seen = Seen(0, 0, 0, 0)
+        cdef Trail path = Trail() if trail is None else trail
+        cdef Seen seen = Seen(0, 0, 0)
         cdef Rules rules = Rules(cluster_bits, extended, data_file, active, shared,
-                                 (file_length + cluster - 1) >> cluster_bits, RESERVED | (OFFSET & (cluster - 1)))
+                                 (file_length + cluster - 1) >> cluster_bits, RESERVED | (OFFSET & (cluster - 1)),
+                                 times, visits)
         PyObject_GetBuffer(table, &view, PyBUF_SIMPLE)
         words = <const uint64_t *>view.buf
         n = view.len // (8 * step)
@@ -245,8 +284,8 @@ cdef class Tally:
                 if word & COMPRESSED:
                     right = self._compressed(&rules, &seen, word, bitmap, i, overflowed)
                 else:
-                    right = self._standard(&rules, &seen, word, bitmap, i, overflowed)
-                if not right:
+                    right = self._standard(&rules, &seen, path, word, bitmap, i, overflowed)
+                if not right and self._is_judged_here(&rules, word):
                     with gil:
                         odd.append(i)
         PyBuffer_Release(&view)

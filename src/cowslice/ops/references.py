@@ -35,7 +35,7 @@ def read_first_cluster(storage: Storage) -> FirstCluster:
 def load_tables(storage: Storage) -> Tables:
     """Read header, L1 tables, snapshot table, refcount table and bitmaps. Raises ImageError for an unusable header.
 
-    What is wrong further down is told in `faults` (a corruption each) and `errors` (could not be read).
+    What is wrong further down is told in `faults` (corruptions, with how many) and `errors` (could not be read).
     """
     first = read_first_cluster(storage)
     header, geometry = first.header, first.header.geometry
@@ -88,7 +88,7 @@ def _take_tree(tables: Tables, owner: str, offset: int, entries: int) -> None:
     if not entries:
         return
     tables.areas.append(Area(offset, entries * 8, f"the L1 table of {owner}"))
-    tables.trees.append(L1Tree(tables.storage, owner, owner == "active", offset, entries))
+    tables.trees.append(L1Tree(owner, owner == "active", offset, entries))
 
 
 def _take_snapshots(tables: Tables) -> None:
@@ -103,7 +103,7 @@ def _take_snapshots(tables: Tables) -> None:
     if len(tables.snapshots) < header.snapshot_count:
         tables.errors.append(f"only {len(tables.snapshots)} of {header.snapshot_count} snapshot records can be read")
     if header.has_data_file:
-        tables.faults.append(f"there are {header.snapshot_count} snapshots, but guest data lies in an external file")
+        tables.fault(f"there are {header.snapshot_count} snapshots, but guest data lies in an external file")
     for snapshot in tables.snapshots:
         _take_snapshot(tables, snapshot)
     tables.areas.append(Area(header.snapshots_offset, length, "the snapshot table"))
@@ -113,13 +113,13 @@ def _take_snapshot(tables: Tables, snapshot: Snapshot) -> None:
     """Follow the L1 table of a snapshot, unless its place or size is impossible."""
     owner = f"snapshot '{escaped(snapshot.name)}'"
     if tables.header.version >= 3 and len(snapshot.extra) < MIN_EXTRA_V3:
-        tables.faults.append(f"{owner} has {len(snapshot.extra)} bytes of extra data, expected {MIN_EXTRA_V3} or more")
+        tables.fault(f"{owner} has {len(snapshot.extra)} bytes of extra data, expected {MIN_EXTRA_V3} or more")
     if not tables.geometry.is_aligned(snapshot.l1_offset):
-        tables.faults.append(f"{owner} has its L1 table at {snapshot.l1_offset:#x}, not aligned to a cluster")
+        tables.fault(f"{owner} has its L1 table at {snapshot.l1_offset:#x}, not aligned to a cluster")
     elif snapshot.l1_size > MAX_L1_ENTRIES:
-        tables.faults.append(f"{owner} has {snapshot.l1_size} L1 entries, expected at most {MAX_L1_ENTRIES}")
+        tables.fault(f"{owner} has {snapshot.l1_size} L1 entries, expected at most {MAX_L1_ENTRIES}")
     elif snapshot.l1_offset + snapshot.l1_size * 8 > MAX_OFFSET:
-        tables.faults.append(f"{owner} has its L1 table at {snapshot.l1_offset:#x}, so that it ends beyond 2^63")
+        tables.fault(f"{owner} has its L1 table at {snapshot.l1_offset:#x}, so that it ends beyond 2^63")
     else:
         _take_tree(tables, owner, snapshot.l1_offset, snapshot.l1_size)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cowslice.format.entries import L1_OFFSET_MASK
 from cowslice.ops.references import load_tables
+from cowslice.format.words import unpack_words
 from cowslice.ops.tables import L1Tree, Tables
 from cowslice.storage.file import FileStorage
 from cowslice.testing import peers
@@ -70,7 +71,7 @@ def _place(tables: Tables, chance: random.Random) -> int:
     blocks = [word & ~0x1FF for word in tables.reftable if word]
     tree = chance.choice(tables.trees)
     kind = chance.choice(["refcount", "refcount", "l1", "reftable", "l2", "l2", "l2", "l2"])
-    l2 = [word & L1_OFFSET_MASK for _, word in tree.tables()]
+    l2 = [word & L1_OFFSET_MASK for word in unpack_words(tables.storage.read(tree.offset, tree.entries * 8)) if word]
     if kind == "refcount":
         used = max(1, tables.clusters * tables.geometry.refcount_bits // 8)
         return chance.choice(blocks) + chance.randrange(min(tables.geometry.cluster_size, used))
