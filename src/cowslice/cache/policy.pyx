@@ -135,9 +135,6 @@ cdef class Clock2QPlus(Policy):
         empty(&self.main)
         while slots * 2 <= entries:
             slots *= 2
-        self.ghosts = <uint32_t *> calloc(slots, sizeof(uint32_t))
-        if self.ghosts == NULL:
-            raise MemoryError("no memory for the ghost queue of the metadata cache")
         self.ghost_mask = <uint32_t> (slots - 1)
         self.departures = 1
         self.mark_time = now_ns()
@@ -146,7 +143,7 @@ cdef class Clock2QPlus(Policy):
         free(self.ghosts)
 
     cdef uint64_t overhead(self) noexcept nogil:
-        return (<uint64_t> self.ghost_mask + 1) * sizeof(uint32_t)
+        return (<uint64_t> self.ghost_mask + 1) * sizeof(uint32_t) if self.ghosts != NULL else 0
 
     cdef void insert(self, Node *node, Arrival arrival) noexcept nogil:
         node.state = (node.state & USED) | laps_of(node)
@@ -231,11 +228,15 @@ cdef class Clock2QPlus(Policy):
         """Leave a fingerprint: the high half names the slice, the low half says when it left."""
         cdef uint64_t h = scatter(node)
         self.departures += 1
+        if self.ghosts == NULL:  # a map that fits never gets here; without the memory there are no ghosts
+            self.ghosts = <uint32_t *> calloc(<size_t> self.ghost_mask + 1, sizeof(uint32_t))
+            if self.ghosts == NULL:
+                return
         self.ghosts[h & self.ghost_mask] = (<uint32_t> (h >> 48) << 16) | (self.departures & 0xFFFF)
 
     cdef bint was_here(self, Node *node) noexcept nogil:
         cdef uint64_t h = scatter(node)
-        cdef uint32_t ghost = self.ghosts[h & self.ghost_mask]
+        cdef uint32_t ghost = self.ghosts[h & self.ghost_mask] if self.ghosts != NULL else 0
         if ghost == 0 or ghost >> 16 != <uint32_t> (h >> 48):
             return False
         self.ghosts[h & self.ghost_mask] = 0

@@ -55,7 +55,6 @@ cdef class SliceCache:
         self.ring.next = &self.ring
         self.budget = budget
         self.policy = make_policy(policy, budget)
-        self.fixed_bytes = self.policy.overhead()
 
     def __dealloc__(self):
         cdef uint32_t layer
@@ -68,7 +67,7 @@ cdef class SliceCache:
         pthread_cond_destroy(&self.loaded)
 
     cdef uint64_t used_bytes(self) noexcept nogil:
-        return self.fixed_bytes + self.slice_bytes + self.leaf_bytes
+        return self.policy.overhead() + self.fixed_bytes + self.slice_bytes + self.leaf_bytes
 
     cdef void make_room(self, uint64_t wanted) noexcept nogil:
         """Evict until `wanted` more bytes fit, as far as possible. The lock is held.
@@ -295,10 +294,11 @@ cdef class SliceCache:
         pthread_mutex_lock(&self.lock)
         cdef Counters c = self.counters
         cdef uint64_t used = self.used_bytes()
+        cdef uint64_t ghosts = self.policy.overhead()
         pthread_mutex_unlock(&self.lock)
         return {
             "hits": c.hits, "misses": c.misses, "loads": c.loads, "joined_loads": c.joined, "failed_loads": c.failed,
             "bytes_read": c.bytes_read, "evictions": c.evictions, "leaves_dropped": c.leaves_dropped,
-            "bytes_used": used, "budget": self.budget, "policy": self.policy.name,
+            "bytes_used": used, "policy_bytes": ghosts, "budget": self.budget, "policy": self.policy.name,
             "slices": {"inline": c.inlined, **{form: c.forms[i] for i, form in enumerate(FORMS)}},
         }
