@@ -10,7 +10,6 @@ import time
 from functools import partial
 
 from cowslice.errors import RemoteProtocolError
-from cowslice.image.compressed import cores
 from cowslice.image.fastpath import FastPath
 from cowslice.nbd.events import BadRequest, Request, Session
 from cowslice.nbd.requests import fault_of
@@ -45,8 +44,7 @@ class CompiledTransmission:
         self._answers = answers
         self._own = counters
         self._failed = 0  # of the reads that the loop counts
-        # What lies in memory never waits: more threads than processors would only take the GIL from each other.
-        self._workers = Workers(min(limits.workers, cores()) if fast.in_memory else limits.workers, name)
+        self._workers = Workers(limits.workers, name)
         self._loop = Loop(
             stream.fileno(), fast, mode=session.mode, size=session.size, max_request=session.block_sizes.maximum,
             most_requests=limits.most_requests, most_bytes=limits.most_bytes, idle=limits.idle_timeout,
