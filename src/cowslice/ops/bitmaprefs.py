@@ -97,8 +97,8 @@ class _Clusters:
     def _count(self, offset: int, times: int, name: str) -> None:
         if offset not in self._times:
             if len(self._times) == MAX_CLUSTERS:
-                self.tables.errors.append(f"{name} is not checked to its end: there are more than {MAX_CLUSTERS} bitmap "
-                                          "clusters")
+                self.tables.errors.append(f"{name} is not checked to its end: there are more than {MAX_CLUSTERS} "
+                                          "clusters of bitmaps")
             if len(self._times) >= MAX_CLUSTERS:
                 return
             self._names[offset] = name

@@ -20,11 +20,11 @@ from cowslice.format.refcounts import REFTABLE_OFFSET_MASK, REFTABLE_RESERVED_MA
 from cowslice.ops.dataruns import DataRuns
 from cowslice.ops.l2rules import EntryRules, end_fault, l1_faults
 from cowslice.ops.l2scan import TableScan
-from cowslice.ops.refcheck import SATURATED, Tally
+from cowslice.ops.refcheck import SATURATED, UNREADABLE, Tally
 from cowslice.ops.references import load_tables, place_fault, stored_count
-from cowslice.ops.roots import Roots
+from cowslice.ops.roots import L1Piece, Roots
 from cowslice.ops.sweep import Segment, sweep
-from cowslice.ops.tables import L1Tree, Tables
+from cowslice.ops.tables import Tables
 from cowslice.ops.tableset import TableSet
 from cowslice.storage.base import Storage
 from cowslice.units import SECTOR, MiB
@@ -215,32 +215,52 @@ class _Run:
         self.corruption(f"{owner} refers to a cluster that already has {most} references, as many as its refcount "
                          "can say", cluster, count)
 
-    def _odd_l1_entry(self, word: int, tree: L1Tree, place: int, times: int) -> None:
+    def _odd_l1_entry(self, piece: L1Piece, index: int) -> None:
         """Judge an entry of an L1 table, but for where its table lies."""
-        for fault in l1_faults(word, self.geometry, tree.active, lambda cluster: stored_count(self.tables, cluster)):
-            index = place - tree.offset // 8
-            self.corruption(f"L1 entry {index} of {tree.owner} is {word:#018x}: {fault}", count=times)
+        word, tree = piece.word(index), piece.tree
+        for fault in l1_faults(word, self.geometry):
+            number = (piece.start - tree.offset) // 8 + index
+            self.corruption(f"L1 entry {number} of {tree.owner} is {word:#018x}: {fault}", count=piece.times)
 
     def _tell_far_tables(self) -> None:
         """Tell of all L1 entries whose table lies behind the file."""
         for found in self.roots.sets(self.found):
             for n in range(found.find(self.tables.file_length), len(found)):
-                offset, place, _, times = found[n]
-                tree, index = self.roots.owner(place)
-                self.corruption(f"L1 entry {index} of {tree.owner}: it points at {offset:#x}, beyond the end of the file "
-                                f"at {self.tables.file_length:#x}", count=times)
+                offset, place, active, copied, times = found[n]
+                end = self.tables.file_length
+                self._tell_table(place, f"it points at {offset:#x}, beyond the end of the file at {end:#x}", times)
+                if active:
+                    stored = stored_count(self.tables, offset >> self.geometry.cluster_bits)
+                    self._hold_copied(place, active, copied, stored)
 
     def _count_tables(self, tally: Tally, found: TableSet) -> None:
         """Count the clusters that L2 tables lie in: two of a table that is not aligned."""
         bits, size = self.geometry.cluster_bits, self.geometry.cluster_size
         low = found.find(max(0, (tally.first - 1) << bits))
         for n in range(low, found.find(min((tally.first + tally.clusters) << bits, self.tables.file_length))):
-            offset, place, _, times = found[n]
+            offset, place, active, copied, times = found[n]
             first, last = offset >> bits, (offset + size - 1) >> bits
             excess, cluster = tally.add(first, last - first + 1, times)
             if excess:
-                tree, index = self.roots.owner(place)
-                self.overflow(cluster, f"L1 entry {index} of {tree.owner}", excess)
+                self.overflow(cluster, self._l1_entry(place), excess)
+            if active and offset and first >= tally.first:
+                stored = tally.get(first)[0]
+                exact = stored_count(self.tables, first) if stored in (SATURATED, UNREADABLE) else stored
+                self._hold_copied(place, active, copied, exact)
+
+    def _hold_copied(self, place: int, active: int, copied: int, stored: int | None) -> None:
+        """Hold the copied flags of all active L1 entries that name one table against its refcount on disk."""
+        wrong = active - copied if stored == 1 else copied
+        if wrong and stored is not None:
+            flag = "clear" if stored == 1 else "set"
+            self._tell_table(place, f"the copied flag is {flag}, but the refcount of the table is {stored}", wrong)
+
+    def _tell_table(self, place: int, fault: str, times: int) -> None:
+        self.corruption("" if self.told("corruption") else f"{self._l1_entry(place)}: {fault}", count=times)
+
+    def _l1_entry(self, place: int) -> str:
+        tree, index = self.roots.owner(place)
+        return f"L1 entry {index} of {tree.owner}"
 
     def _is_sparse(self, tables: int) -> bool:
         """Whether some L2 tables must lie in holes, so that it is worth to ask where the holes are."""
@@ -348,7 +368,7 @@ class _Run:
     def _compare(self, tally: Tally) -> None:
         """Report every run of clusters whose two counts differ."""
         at = tally.first
-        while run := tally.mismatch(at):
+        while run := tally.mismatch(at, leaks=not self.told("leak"), corruptions=not self.told("corruption")):
             cluster, clusters, stored, counted = run
             at = cluster + clusters
             exact = stored_count(self.tables, cluster) if stored == SATURATED else stored
@@ -357,6 +377,10 @@ class _Run:
             found = f"{counted} reference{'' if counted == 1 else 's'} found, the refcount is {exact}"
             what = "leaked, " if kind == "leak" else ""
             self.report.add(CheckFinding(kind, f"{noun}: {what}{found}", clusters, cluster, clusters))
+        (leaks, leak_runs), (corruptions, corruption_runs) = tally.passed
+        self.report.leaks += leaks
+        self.report.corruptions += corruptions
+        self.report.untold += leak_runs + corruption_runs
 
     def _name_claims(self) -> None:
         """Say for the clusters of kept findings which tables and entries refer to them."""

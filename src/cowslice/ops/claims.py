@@ -92,8 +92,7 @@ def _name_hits(roots: Roots, hits: Hits, found: dict[int, list[str]]) -> None:
     for piece in roots.pieces():
         for index, sector in claims(piece.data, keys, cluster_bits=9, extended=False):
             offset = sector * SECTOR
-            word = int.from_bytes(piece.data[index * 8 : index * 8 + 8], "big")
-            if word & L1_OFFSET_MASK != offset or named[offset] >= MAX_OWNERS:
+            if piece.word(index) & L1_OFFSET_MASK != offset or named[offset] >= MAX_OWNERS:
                 continue
             for tree, l1_index in roots.sharers(piece, index):
                 named[offset] += 1

@@ -1,4 +1,4 @@
-"""The rules that an L1 or L2 entry must keep, in plain words: the truth for every entry that the compiled count hands back.
+"""The rules of one L1 or L2 entry in plain words: the truth for every entry that the compiled count hands back.
 
 It does not know where the tables lie or how counts are kept. The order of the rules is that of `qemu-img check`, so
 that both count the same number of corruptions.
@@ -86,18 +86,13 @@ def end_fault(offset: int, length: int, rules: EntryRules) -> str:
     return f"it points at {offset:#x}, beyond the end of the file at {rules.file_length:#x}"
 
 
-def l1_faults(word: int, geometry: Geometry, active: bool, stored: StoredCount) -> Iterator[str]:
-    """What breaks a rule in one L1 entry, but for a table behind the file."""
+def l1_faults(word: int, geometry: Geometry) -> Iterator[str]:
+    """What breaks a rule in one L1 entry alone."""
     offset = word & L1_OFFSET_MASK
     if reserved := word & L1_RESERVED_MASK:
         yield f"reserved bits {reserved:#x} are set"
     if not geometry.is_aligned(offset):
         yield f"the L2 table at {offset:#x} is not aligned to a cluster"
-    if not active or not offset:
-        return
-    count = stored(offset >> geometry.cluster_bits)
-    if count is not None and (count == 1) != bool(word & COPIED):
-        yield f"the copied flag is {'set' if word & COPIED else 'clear'}, but the refcount of the table is {count}"
 
 
 def _judge_compressed(word: int, bitmap: int, rules: EntryRules) -> Verdict:

@@ -44,7 +44,7 @@ def stretches(tables: TableSet, low: int, high: int, cluster_size: int) -> Itera
     while low < high:
         begun = 0
         if following < high and tables[following][0] == at:
-            _, _, begun, named = tables[following]
+            _, _, begun, _, named = tables[following]
             active, times, following = active + begun, times + named, following + 1
         stop = tables[low][0] + cluster_size
         if following < high:
@@ -52,7 +52,7 @@ def stretches(tables: TableSet, low: int, high: int, cluster_size: int) -> Itera
         yield Stretch(at, stop, times, active, begun, low)
         at = stop
         if tables[low][0] + cluster_size == at:
-            active, times, low = active - tables[low][2], times - tables[low][3], low + 1
+            active, times, low = active - tables[low][2], times - tables[low][4], low + 1
 
 
 class Verdicts(Protocol):
@@ -109,7 +109,9 @@ class TableScan:
         if stretch.active and self.tally.first == 0:
             self.verdicts.add_totals(allocated, compressed, fragmented)
 
-    def _judge(self, found: TableSet, stretch: Stretch, start: int, entry: int, piece: memoryview, *, copied: int) -> None:
+    def _judge(
+        self, found: TableSet, stretch: Stretch, start: int, entry: int, piece: memoryview, *, copied: int
+    ) -> None:
         """Judge one entry by the plain rules and count it. It is told in the window where its span begins."""
         size = self.geometry.l2_entry_size
         raw = bytes(piece[entry * size : (entry + 1) * size])
@@ -143,7 +145,7 @@ class TableScan:
         return stored_count(self.tables, cluster)
 
     def _place(self, found: TableSet, stretch: Stretch, start: int, entry: int) -> str:
-        offset, place, _, _ = found[stretch.first]
+        offset, place = found[stretch.first][:2]
         tree, index = self.roots.owner(place)
         at = (start - offset) // self.geometry.l2_entry_size + entry
         guest = (index << self.geometry.l2_bits | at) << self.geometry.cluster_bits

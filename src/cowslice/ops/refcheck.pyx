@@ -96,6 +96,8 @@ cdef class Tally:
     cdef uint32_t *counted
     cdef uint32_t *stored
     cdef uint32_t limit
+    cdef uint64_t clusters_passed[2]
+    cdef uint64_t runs_passed[2]
     cdef readonly uint64_t first
     cdef readonly uint64_t clusters
 
@@ -163,19 +165,37 @@ cdef class Tally:
             raise IndexError(cluster)
         return self.stored[cluster - self.first], self.counted[cluster - self.first]
 
-    def mismatch(self, uint64_t cluster):
-        """The next run whose two counts differ in the same way: (cluster, clusters, stored, counted), or None."""
+    def mismatch(self, uint64_t cluster, *, bint leaks=True, bint corruptions=True):
+        """The next run whose two counts differ in the same way: (cluster, clusters, stored, counted), or None.
+
+        Runs of a kind that is not wanted are passed over and only counted: `passed` has their clusters and their number
+        since the tally was made, first of the leaks (stored counts too high), then of the corruptions.
+        """
         cdef uint64_t i = max(cluster, self.first) - self.first
         cdef uint64_t start
+        cdef bint leak
         with nogil:
-            while i < self.clusters and (self.stored[i] == self.counted[i] or self.stored[i] == UNREADABLE_COUNT):
-                i += 1
-            start = i
-            while i < self.clusters and self.stored[i] == self.stored[start] and self.counted[i] == self.counted[start]:
-                i += 1
+            while True:
+                while i < self.clusters and (self.stored[i] == self.counted[i] or self.stored[i] == UNREADABLE_COUNT):
+                    i += 1
+                start = i
+                while i < self.clusters and self.stored[i] == self.stored[start] and self.counted[i] == self.counted[start]:
+                    i += 1
+                if start >= self.clusters:
+                    break
+                leak = self.stored[start] > self.counted[start]
+                if leaks if leak else corruptions:
+                    break
+                self.clusters_passed[not leak] += i - start
+                self.runs_passed[not leak] += 1
         if start >= self.clusters:
             return None
         return start + self.first, i - start, self.stored[start], self.counted[start]
+
+    @property
+    def passed(self):
+        """((clusters, runs) of leaks, (clusters, runs) of corruptions) that `mismatch` passed over."""
+        return tuple((self.clusters_passed[kind], self.runs_passed[kind]) for kind in range(2))
 
     def highest(self):
         """The highest cluster that is counted or referenced, or -1."""

@@ -18,7 +18,7 @@ from cowslice.ops.tableset import TableSet
 from cowslice.units import KiB
 
 PIECE = 64 * KiB  # bytes of L1 tables read at once
-MOST_TABLES = 1 << 19  # distinct L2 tables held at once, 32 to 128 bytes each
+MOST_TABLES = 1 << 19  # distinct L2 tables held at once, 40 to 160 bytes each
 OF_SNAPSHOT = 1 << 63
 # Trees looked through for one entry of an L1 table that several share.
 _MOST_SHARERS = 1024
@@ -33,9 +33,13 @@ class L1Piece:
     times: int
     tree: L1Tree
 
+    def word(self, index: int) -> int:
+        """An entry of it."""
+        return int.from_bytes(self.data[index * 8 : index * 8 + 8], "big")
 
-# Told of each L1 entry that is odd: its word, place, and how many L1 tables it is part of.
-OddEntry = Callable[[int, L1Tree, int, int], None]
+
+# Told of each L1 entry with reserved bits, or of an unaligned table: the piece, and the index in it.
+OddEntry = Callable[[L1Piece, int], None]
 Failed = Callable[[StorageError], None]
 
 
@@ -50,20 +54,15 @@ class Roots:
         self._segments = [*self._swept(self._active)], [*self._swept(self._snapshots)]
 
     def collect(self, low: int, odd: OddEntry | None = None, failed: Failed | None = None) -> TableSet:
-        """The L2 tables from host offset `low` on, as many as may be held; `odd` and `failed` are told what is wrong.
-
-        Every entry of the active disk is told as odd: its copied flag is to be looked at.
-        """
+        """The L2 tables from host offset `low` on, as many as may be held. `odd` and `failed` hear what is wrong."""
         found = TableSet(low, self.most)
         bits = self.tables.geometry.cluster_bits
         for piece in self.pieces(failed):
-            active = piece.tree.active
-            told = found.add(piece.data, place=piece.start // 8, times=piece.times, active=piece.times if active else 0,
-                             cluster_bits=bits, every=active and odd is not None)
-            for index in told if odd is not None else ():
-                assert odd is not None
-                word = int.from_bytes(piece.data[index * 8 : index * 8 + 8], "big")
-                odd(word, piece.tree, piece.start // 8 + index, piece.times)
+            told = found.add(piece.data, place=piece.start // 8, times=piece.times, cluster_bits=bits,
+                             active=piece.times if piece.tree.active else 0)
+            if odd:
+                for index in told:
+                    odd(piece, index)
         found.finish()
         return found
 

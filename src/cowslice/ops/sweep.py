@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from itertools import pairwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ def sweep(spans: Sequence[tuple[int, int, int]]) -> Iterator[Segment]:
     ending: list[tuple[int, int]] = []
     members: list[int] = []
     begun = times = 0
-    for edge, following in zip(edges, edges[1:], strict=False):
+    for edge, following in pairwise(edges):
         while ending and ending[0][0] <= edge:
             times -= spans[heappop(ending)[1]][2]
         while begun < len(order) and spans[order[begun]][0] <= edge:

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""The distinct L2 tables that L1 tables name, each with how many entries name it: sorted records of 32 bytes.
+"""The distinct L2 tables that L1 tables name, each with how many entries name it: sorted records of 40 bytes.
 
 It does not know where L1 tables lie or who owns them. Memory is bounded: beyond `most` distinct tables the highest are
 forgotten, `high` says from where on, and another set that begins there holds them.
@@ -21,6 +21,7 @@ cdef struct Named:
     uint64_t offset
     uint64_t place   # of one entry that names it: bit 63 is clear if that is the active disk's
     uint64_t active  # entries of the active disk
+    uint64_t copied  # entries of the active disk with the copied flag
     uint64_t times   # entries of all
 
 
@@ -52,17 +53,17 @@ cdef class TableSet:
         return self.filled
 
     def __getitem__(self, size_t index):
-        """(offset, place, active, times) of a table: `place` as in `add`, `times` counts the active ones too."""
+        """(offset, place, active, copied, times) of a table: `place` as in `add`, `times` counts the active ones too."""
         if index >= self.filled:
             raise IndexError(index)
         cdef Named *one = self.named + index
-        return one.offset, one.place, one.active, one.times
+        return one.offset, one.place, one.active, one.copied, one.times
 
-    def add(self, words, *, uint64_t place, uint64_t times, uint64_t active, int cluster_bits, bint every):
+    def add(self, words, *, uint64_t place, uint64_t times, uint64_t active, int cluster_bits):
         """Take the entries of a piece of an L1 table that `times` disks share, `active` of which is the active one.
 
         `place` is the number of its first entry, by whatever count. Returns the indexes of entries with reserved bits or
-        of unaligned tables, or of `every` entry that is not all zero.
+        of unaligned tables.
         """
         cdef Py_buffer view
         cdef size_t i, n
@@ -75,12 +76,13 @@ cdef class TableSet:
                 word = be64toh((<const uint64_t *>view.buf)[i])
                 if word == 0:
                     continue
-                if every or word & bad:
+                if word & bad:
                     told.append(i)
                 offset = word & OFFSET
                 if offset < self.low or offset >= self.high:
                     continue
-                self._append(Named(offset, (place + i) | (0 if active else <uint64_t>1 << 63), active, times))
+                self._append(Named(offset, (place + i) | (0 if active else <uint64_t>1 << 63), active,
+                                   active if word >> 63 else 0, times))
         finally:
             PyBuffer_Release(&view)
         return told
@@ -114,6 +116,7 @@ cdef class TableSet:
         for i in range(1, self.filled):
             if self.named[i].offset == self.named[last].offset:
                 self.named[last].active += self.named[i].active
+                self.named[last].copied += self.named[i].copied
                 self.named[last].times += self.named[i].times
             else:
                 last += 1

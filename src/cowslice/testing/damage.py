@@ -9,8 +9,8 @@ import random
 from pathlib import Path
 
 from cowslice.format.entries import L1_OFFSET_MASK
-from cowslice.ops.references import load_tables
 from cowslice.format.words import unpack_words
+from cowslice.ops.references import load_tables
 from cowslice.ops.tables import L1Tree, Tables
 from cowslice.storage.file import FileStorage
 from cowslice.testing import peers
