@@ -111,11 +111,9 @@ class Qcow2Layer(Layer):
         if any(piece.kind is not Kind.COMPRESSED for piece in pieces):
             super().fill_all(pieces, buffers)
             return
-        # Whoever takes whole clusters reads on and does not come back; of the others a neighbour will want the rest.
-        whole = all(piece.length == self.geometry.cluster_size for piece in pieces[1:-1] or pieces)
         self.compressed.fill([
             Part(piece.host, piece.stored, self.geometry.in_cluster(piece.start), buffer)
-            for piece, buffer in zip(pieces, buffers, strict=True)], keep=not whole)
+            for piece, buffer in zip(pieces, buffers, strict=True)])
 
     def join(self, fast: FastPath) -> None:
         """Add this layer to a compiled path. Raises TypeError unless `slices` is a SliceMap."""
