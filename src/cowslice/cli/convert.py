@@ -77,7 +77,9 @@ def command(
     signal.signal(signal.SIGTERM, _terminate)
     try:
         with ExitStack() as stack:
-            disks = [stack.enter_context(open_image(source, given, warmup="off", snapshot=_snapshot_name(snapshot)))
+            # Every cluster is read once: keeping decompressed ones would only cost memory and time.
+            disks = [stack.enter_context(open_image(source, given, warmup="off", decompressed_cache_size=0,
+                                                    snapshot=_snapshot_name(snapshot)))
                      for source in sources]
             _convert(disks, target, options, existing=existing, is_zero=target_is_zero, sync=target_cache != "unsafe",
                      progress=progress and not quiet)

@@ -51,7 +51,7 @@ def decompress_cluster(kind: int, payload: ReadableBuffer, cluster_size: int) ->
 
 
 def decompress_prefix(kind: int, payload: ReadableBuffer, length: int) -> bytes:
-    """Return the first `length` bytes (at least 1) of the cluster that `payload` stands for, at no more than their cost.
+    """Return the first `length` bytes (at least 1) of the cluster that `payload` stands for, for the price of those.
 
     What comes behind them is not looked at, so damage there is not seen. Raises as decompress_cluster.
     """
