@@ -416,6 +416,12 @@ class _Run:
         with self._lock:
             self.report.add(CheckFinding("corruption", message, count, cluster))
 
+    def untold(self, corruptions: int) -> None:
+        """Count corruptions of which nothing more is kept. May be called by any thread."""
+        with self._lock:
+            self.report.corruptions += corruptions
+            self.report.untold += corruptions
+
     def error(self, message: str, count: int = 1) -> None:
         """Count and keep something that could not be checked. May be called by any thread."""
         with self._lock:

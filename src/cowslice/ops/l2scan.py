@@ -60,6 +60,7 @@ class Verdicts(Protocol):
 
     def told(self, kind: str) -> bool: ...
     def corruption(self, message: str, cluster: int = -1, count: int = 1) -> None: ...
+    def untold(self, corruptions: int) -> None: ...
     def error(self, message: str, count: int = 1) -> None: ...
     def overflow(self, cluster: int, owner: str, count: int) -> None: ...
     def add_totals(self, allocated: int, compressed: int, fragmented: int) -> None: ...
@@ -76,6 +77,7 @@ class TableScan:
         self.tables: Tables = roots.tables
         self.geometry: Geometry = self.tables.geometry
         self._runs = DataRuns(self.tables.storage, ask=sparse)
+        self._described = max(1, len(self.tables.reftable) * self.geometry.refblock_entries)
         self._buffer = memoryview(bytearray(self.geometry.cluster_size))
         self._rules = [EntryRules(self.geometry, self.tables.header.has_data_file, active, self.tables.file_length)
                        for active in (False, True)]
@@ -98,10 +100,14 @@ class TableScan:
         geometry = self.geometry
         # The header read as a table: nothing there can own a cluster alone.
         headless = stretch.active - (found[stretch.first][2] if found[stretch.first][0] == 0 else 0)
-        odd, overflowed, allocated, compressed, fragmented = self.tally.scan(
+        described = self._described if self.verdicts.told("corruption") else 0
+        odd, overflowed, allocated, compressed, fragmented, faults = self.tally.scan(
             piece, cluster_bits=geometry.cluster_bits, extended=geometry.extended_l2,
             data_file=self._rules[0].data_file, file_length=self.tables.file_length, active=headless > 0,
-            shared=self.shared, times=stretch.times, visits=stretch.active, trail=trail)
+            shared=self.shared, times=stretch.times, visits=stretch.active, copied=headless,
+            described=described, trail=trail)
+        if faults:
+            self.verdicts.untold(faults)
         for entry, cluster, count in overflowed:
             self.verdicts.overflow(cluster, self._place(found, stretch, start, entry), count)
         for entry in odd:

@@ -33,8 +33,10 @@ class Tally:
         shared: bool,
         times: int = 1,
         visits: int = 1,
+        copied: int = 0,
+        described: int = 0,
         trail: Trail | None = None,
-    ) -> tuple[list[int], list[tuple[int, int, int]], int, int, int]: ...
+    ) -> tuple[list[int], list[tuple[int, int, int]], int, int, int, int]: ...
 
 class Owners:
     clusters: int

@@ -40,13 +40,17 @@ cdef struct Rules:
     uint64_t eof  # host clusters of the file
     uint64_t bad  # bits that no standard entry may have
 
+    uint64_t file_length
     uint64_t times
     uint64_t visits  # of the active disk
+    uint64_t copied  # of those, the visits whose copied flags are held against refcounts
+    uint64_t described  # host clusters that refcount blocks could describe; 0: judge nothing here
 
 cdef struct Seen:
     uint64_t allocated
     uint64_t compressed
     uint64_t fragmented
+    uint64_t faults
 
 
 cdef class Trail:
@@ -271,14 +275,60 @@ cdef class Tally:
         k >>= rules.cluster_bits
         return (last >= self.first and k < self.first + self.clusters) or (self.first == 0 and k > rules.eof)
 
+    cdef bint _judge(self, const Rules *rules, Seen *seen, uint64_t word, uint64_t bitmap, Py_ssize_t i,
+                     list overflowed) noexcept nogil:
+        """Count an entry that breaks a rule, and its faults, as l2rules.judge_entry has them; False if it cannot."""
+        cdef uint64_t cluster = <uint64_t>1 << rules.cluster_bits
+        cdef int place = 70 - rules.cluster_bits
+        cdef uint64_t offset = word & OFFSET, end = offset + cluster, faults = 0, flawed = 0
+        cdef uint64_t k, last
+        cdef uint32_t stored = 1
+        cdef bint counts = not rules.data_file
+        if word & COMPRESSED:
+            offset = word & ((<uint64_t>1 << place) - 1)
+            end = (offset | 511) + 1 + 512 * ((word & ~(COPIED | COMPRESSED)) >> place)
+            faults = word >> 63
+            counts = counts and not bitmap
+            faults += not counts
+        elif offset == 0 and not (rules.data_file and word & COPIED and (rules.extended or not word & ZERO)):
+            faults = (word & RESERVED != 0) + (bitmap & LOW != 0)
+            counts = False
+        else:
+            k = offset >> rules.cluster_bits
+            if not rules.data_file and rules.copied:
+                if k - self.first < self.clusters:
+                    stored = self.stored[k - self.first]
+                elif k < rules.described:
+                    return False
+                else:
+                    stored = 0
+            faults = (word & RESERVED != 0) + ((bitmap >> 32) & bitmap != 0) + (offset & (cluster - 1) != 0)
+            if stored != UNREADABLE_COUNT and (stored == 1) != (word >= COPIED):
+                flawed = rules.copied
+        k, last = offset >> rules.cluster_bits, (end - 1) >> rules.cluster_bits
+        if counts and end >= rules.file_length + cluster:
+            faults += 1
+            counts = False
+        if k - self.first < self.clusters or (self.first == 0 and k > rules.eof):
+            seen.faults += faults * rules.times + flawed
+        while counts and k <= last:
+            self._reference(rules, k, i, overflowed)
+            k += 1
+        return True
+
     def scan(self, table, *, int cluster_bits, bint extended, bint data_file, uint64_t file_length, bint active,
-             bint shared, uint64_t times=1, uint64_t visits=1, Trail trail=None):
+             bint shared, uint64_t times=1, uint64_t visits=1, uint64_t copied=0, uint64_t described=0,
+             Trail trail=None):
         """Count what an L2 table, or a piece of one, refers to in this window, `times` times.
 
-        Returns (odd, overflowed, allocated, compressed, fragmented): the indexes of entries that break a rule and
+        Returns (odd, overflowed, allocated, compressed, fragmented, faults): the indexes of entries that break a rule and
         concern this window, which were *not* counted and are for the caller to judge; (index, cluster, references)
         beyond the refcount width; and three totals over all entries, `visits` times. `active`: hold the copied flag
         against the stored refcount. `shared`: other threads count into this object now.
+
+        With `described`, the number of host clusters that the refcount table could describe, odd entries are judged and
+        counted here as well, as far as possible, and nobody learns which they were: `faults` is how many rules they
+        break, `copied` times where it is the copied flag, else `times` times.
         """
         cdef Py_buffer view
         cdef Py_ssize_t i, n, step = 2 if extended else 1
@@ -287,10 +337,10 @@ cdef class Tally:
         cdef list odd = [], overflowed = []
         cdef bint right
         cdef Trail path = Trail() if trail is None else trail
-        cdef Seen seen = Seen(0, 0, 0)
+        cdef Seen seen = Seen(0, 0, 0, 0)
         cdef Rules rules = Rules(cluster_bits, extended, data_file, active, shared,
                                  (file_length + cluster - 1) >> cluster_bits, RESERVED | (OFFSET & (cluster - 1)),
-                                 times, visits)
+                                 file_length, times, visits, copied, described)
         PyObject_GetBuffer(table, &view, PyBUF_SIMPLE)
         words = <const uint64_t *>view.buf
         n = view.len // (8 * step)
@@ -305,11 +355,14 @@ cdef class Tally:
                     right = self._compressed(&rules, &seen, word, bitmap, i, overflowed)
                 else:
                     right = self._standard(&rules, &seen, path, word, bitmap, i, overflowed)
-                if not right and self._is_judged_here(&rules, word):
-                    with gil:
-                        odd.append(i)
+                if right or not self._is_judged_here(&rules, word):
+                    continue
+                if described and self._judge(&rules, &seen, word, bitmap, i, overflowed):
+                    continue
+                with gil:
+                    odd.append(i)
         PyBuffer_Release(&view)
-        return odd, overflowed, seen.allocated, seen.compressed, seen.fragmented
+        return odd, overflowed, seen.allocated, seen.compressed, seen.fragmented, seen.faults
 
 
 cdef class Owners:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from array import array
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -54,7 +55,7 @@ def test_a_scanned_table_and_its_judged_rest_count_as_the_model_counts(
     expected = count_entries(entries, rules, dict(enumerate(stored)), limit)
     tally = Tally(0, CLUSTERS + 1, limit)
     tally.load(0, pack_refblock(array("H", stored), 4), 4)
-    odd, overflowed, allocated, compressed, fragmented = tally.scan(
+    odd, overflowed, allocated, compressed, fragmented, _ = tally.scan(
         _table(entries, extended), cluster_bits=BITS, extended=extended, data_file=data_file, file_length=length,
         active=active, shared=shared)
     overflows = sum(count for _, _, count in overflowed)
@@ -68,6 +69,44 @@ def test_a_scanned_table_and_its_judged_rest_count_as_the_model_counts(
     assert overflows == expected.overflows
     assert (allocated, compressed) == (expected.allocated, expected.compressed)
     assert fragmented == expected.fragmented
+
+
+@given(
+    entries=st.lists(st.tuples(words(), bitmaps), max_size=40), extended=st.booleans(), data_file=st.booleans(),
+    copied=st.integers(0, 3), others=st.integers(0, 3), limit=st.sampled_from([1, 3, 65535]),
+    stored=st.lists(st.sampled_from([0, 1, 1, 2]), min_size=CLUSTERS, max_size=CLUSTERS),
+    shortfall=st.sampled_from([0, 1, 511, (1 << BITS) - 1]), window=st.integers(1, CLUSTERS + 1),
+)  # fmt: skip
+def test_what_is_judged_without_a_word_counts_as_the_plain_rules_do(
+    entries: list[tuple[int, int]], extended: bool, data_file: bool, copied: int, others: int, limit: int,
+    stored: list[int], shortfall: int, window: int,
+) -> None:
+    entries = entries if extended else [(word, 0) for word, _ in entries]
+    length, times = (CLUSTERS << BITS) - shortfall, copied + others
+    counts = dict(enumerate(stored))
+    references, faults, overflows = Counter[int](), 0, 0
+    for active, visits in ((False, others), (True, copied)):
+        rules = EntryRules(Geometry(BITS, extended), data_file, active, length)
+        for entry in entries * visits:
+            verdict = judge_entry(*entry, rules, lambda cluster: counts.get(cluster, 0))
+            faults += len(verdict.faults)
+            found = Counted()
+            count_span(found, verdict, rules, 9)
+            references += found.references
+    expected = [min(references[k], limit) for k in range(CLUSTERS + 1)]
+    shown = []
+    for first in range(0, CLUSTERS + 1, window):
+        tally = Tally(first, min(window, CLUSTERS + 1 - first), limit)
+        tally.load(0, pack_refblock(array("H", stored), 4), 4)
+        odd, overflowed, _, _, _, told = tally.scan(
+            _table(entries, extended), cluster_bits=BITS, extended=extended, data_file=data_file, file_length=length,
+            active=copied > 0, shared=False, times=times, visits=copied, copied=copied, described=1)
+        assert not odd
+        faults -= told
+        overflows += sum(count for _, _, count in overflowed)
+        shown += [tally.get(k)[1] for k in range(first, first + tally.clusters)]
+    assert (shown, faults) == (expected, 0)
+    assert overflows == sum(max(0, references[k] - limit) for k in range(CLUSTERS + 1))
 
 
 @given(entries=st.lists(words(), max_size=40), window=st.integers(1, CLUSTERS + 1))
