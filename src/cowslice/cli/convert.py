@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import sys
 from contextlib import ExitStack
@@ -74,6 +75,7 @@ def command(
     options = ConvertOptions(workers=workers, sparse=parse_size(sparse, "-S"), salvage=salvage)
     given = Given(format_name=format_name, image_opts=image_opts, objects=objects, force_share=force_share,
                   allowed=allowed, allow_any=allow_any, direct=source_cache in ("none", "directsync"))
+    _share_one_arena()
     signal.signal(signal.SIGTERM, _terminate)
     try:
         with ExitStack() as stack:
@@ -140,3 +142,17 @@ def _snapshot_name(text: str | None) -> str | None:
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
+
+
+def _share_one_arena() -> None:
+    """Let all threads of this process take memory from one place, where the C library can be told so.
+
+    Each thread's own arena would give the memory of every decompressed cluster back to the system and fetch it again: a
+    third of the system time of converting a compressed image.
+    """
+    tell = getattr(ctypes.CDLL(None), "mallopt", None)
+    if tell is not None:
+        tell(_M_ARENA_MAX, 1)
+
+
+_M_ARENA_MAX = -8  # malloc.h
