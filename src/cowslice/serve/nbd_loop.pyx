@@ -43,10 +43,10 @@ cdef enum:
     ROOM = 256 << 10            # bytes that one recv may bring
     ARENA = 1 << 20             # bytes of replies put together before they are sent
     LEAST_HOLE = 4096           # a shorter hole costs more as a chunk of its own than as zeros
+    MAX_PAYLOAD = 32 << 20      # that the protocol lets a client send without asking
     MOST_WORKERS = 16           # threads of one connection that may wait for a device
 
-# Why a transmission ended: places in ENDS.
-cdef enum:
+cdef enum:  # why a transmission ended: places in ENDS
     GOES_ON, DISCONNECTED, VANISHED, GARBAGE, IDLE, BROKEN, STOPPED, NO_MEMORY, FAULT
 
 ENDS = ("", "disconnected", "vanished", "garbage", "idle", "broken", "stopped", "no memory", "fault")
@@ -245,7 +245,7 @@ cdef class Loop:
         if ask.command == DISC:
             return DISCONNECTED
         if ask.command == WRITE or (self.mode == EXTENDED and ask.flags & PAYLOAD_LEN):
-            if ask.length > self.max_request:
+            if ask.length > max(self.max_request, <uint64_t> MAX_PAYLOAD):
                 return GARBAGE  # where the next request begins can only be told by reading all of it
             head += ask.length
         if self.have < head:

@@ -14,7 +14,7 @@ cdef extern from *:
 
 cdef void count_reads(Tally *tally, uint64_t size, const Ask *asks, uint32_t count, uint64_t now) noexcept nogil:
     """Add reads of a disk of `size` bytes that were answered at `now` (nanoseconds)."""
-    cdef uint64_t part = (size + HEAT - 1) // HEAT, took
+    cdef uint64_t part = max((size + HEAT - 1) // HEAT, <uint64_t> 1), took
     cdef uint32_t i
     for i in range(count):
         took = now - asks[i].arrived
