@@ -134,6 +134,7 @@ class _Run:
         self.areas = [*self._sound_areas()]
         self.blocks = self._sound_blocks()
         self.found = self.roots.collect(0, self._odd_l1_entry, lambda error: self.error(str(error)))
+        self.untold(self.found.faults)
         self._tell_far_tables()
         self.sparse = self._is_sparse(len(self.found))
         self.chains = self._chains(self.found)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cowslice.errors import StorageError
+from cowslice.format.limits import MAX_FINDINGS
 from cowslice.ops.dataruns import DataRuns
 from cowslice.ops.sweep import Segment, sweep
 from cowslice.ops.tables import L1Tree, Tables
@@ -54,8 +55,11 @@ class Roots:
         self._segments = [*self._swept(self._active)], [*self._swept(self._snapshots)]
 
     def collect(self, low: int, odd: OddEntry | None = None, failed: Failed | None = None) -> TableSet:
-        """The L2 tables from host offset `low` on, as many as may be held. `odd` and `failed` hear what is wrong."""
-        found = TableSet(low, self.most)
+        """The L2 tables from host offset `low` on, as many as may be held. `odd` and `failed` hear what is wrong.
+
+        Of odd entries the first are heard of; the faults of the rest are in the set's `faults`.
+        """
+        found = TableSet(low, self.most, MAX_FINDINGS)
         bits = self.tables.geometry.cluster_bits
         for piece in self.pieces(failed):
             told = found.add(piece.data, place=piece.start // 8, times=piece.times, cluster_bits=bits,

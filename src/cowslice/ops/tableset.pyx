@@ -37,12 +37,14 @@ cdef class TableSet:
     """Tables at host offsets from `low` on and below `high`. Complete, sorted and to be read after `finish`."""
 
     cdef Named *named
-    cdef size_t filled, room, most
+    cdef size_t filled, room, most, told
     cdef readonly uint64_t low
     cdef readonly uint64_t high
+    cdef readonly uint64_t faults
 
-    def __cinit__(self, low, most):
+    def __cinit__(self, low, most, told):
         self.low = low
+        self.told = told
         self.high = <uint64_t>1 << 56
         self.most = max(1, most)
 
@@ -63,12 +65,12 @@ cdef class TableSet:
         """Take the entries of a piece of an L1 table that `times` disks share, `active` of which is the active one.
 
         `place` is the number of its first entry, by whatever count. Returns the indexes of entries with reserved bits or
-        of unaligned tables.
+        of unaligned tables, up to `told` of them in all; the faults of the rest are counted in `faults`.
         """
         cdef Py_buffer view
         cdef size_t i, n
         cdef uint64_t word, offset, bad = RESERVED | (OFFSET & ((<uint64_t>1 << cluster_bits) - 1))
-        cdef list told = []
+        cdef list odd = []
         PyObject_GetBuffer(words, &view, PyBUF_SIMPLE)
         try:
             n = view.len // 8
@@ -76,16 +78,19 @@ cdef class TableSet:
                 word = be64toh((<const uint64_t *>view.buf)[i])
                 if word == 0:
                     continue
-                if word & bad:
-                    told.append(i)
                 offset = word & OFFSET
+                if word & bad and self.told:
+                    self.told -= 1
+                    odd.append(i)
+                elif word & bad:
+                    self.faults += times * ((word & RESERVED != 0) + (offset & bad != 0))
                 if offset < self.low or offset >= self.high:
                     continue
                 self._append(Named(offset, (place + i) | (0 if active else <uint64_t>1 << 63), active,
                                    active if word >> 63 else 0, times))
         finally:
             PyBuffer_Release(&view)
-        return told
+        return odd
 
     cdef int _append(self, Named one) except -1:
         cdef Named *grown
