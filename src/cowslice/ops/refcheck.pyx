@@ -225,7 +225,7 @@ cdef class Tally:
         if last >= rules.eof or word & COPIED:
             return False
         while k <= last:
-            self._reference(rules, k, i, overflowed)
+            self._reference(rules, seen, k, i, overflowed)
             k += 1
         return True
 
@@ -253,14 +253,17 @@ cdef class Tally:
         stored = self.stored[k - self.first]
         if rules.active and (stored == 1) != (word >= COPIED) and stored != UNREADABLE_COUNT:
             return False
-        self._reference(rules, k, i, overflowed)
+        self._reference(rules, seen, k, i, overflowed)
         return True
 
-    cdef inline void _reference(self, const Rules *rules, uint64_t k, Py_ssize_t i, list overflowed) noexcept nogil:
+    cdef inline void _reference(self, const Rules *rules, Seen *seen, uint64_t k, Py_ssize_t i,
+                                list overflowed) noexcept nogil:
         cdef uint64_t beyond
         if k - self.first < self.clusters:
             beyond = _count(self.counted + (k - self.first), self.limit, rules.times, rules.shared)
-            if beyond:
+            if beyond and rules.described:
+                seen.faults += beyond
+            elif beyond:
                 with gil:
                     overflowed.append((i, k, beyond))
 
@@ -312,7 +315,7 @@ cdef class Tally:
         if k - self.first < self.clusters or (self.first == 0 and k > rules.eof):
             seen.faults += faults * rules.times + flawed
         while counts and k <= last:
-            self._reference(rules, k, i, overflowed)
+            self._reference(rules, seen, k, i, overflowed)
             k += 1
         return True
 
@@ -328,7 +331,7 @@ cdef class Tally:
 
         With `described`, the number of host clusters that the refcount table could describe, odd entries are judged and
         counted here as well, as far as possible, and nobody learns which they were: `faults` is how many rules they
-        break, `copied` times where it is the copied flag, else `times` times.
+        break, `copied` times where it is the copied flag, else `times` times, and how many references overflow.
         """
         cdef Py_buffer view
         cdef Py_ssize_t i, n, step = 2 if extended else 1
