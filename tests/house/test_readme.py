@@ -18,8 +18,8 @@ from tests.house.source_tree import ROOT
 README = (ROOT / "README.md").read_text()
 _CODE = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
 COMMANDS = [line for kind, code in _CODE.findall(README) if kind == "sh" for line in code.splitlines()]
-# The table is measured tiny elsewhere (test_bench_runs.py).
-SHOWN = [line for line in COMMANDS if line.startswith("cowslice ") and "bench" not in line]
+# The table is measured tiny, and a server run and asked, elsewhere (test_bench_runs.py, interop/test_serve_cli.py).
+SHOWN = [line for line in COMMANDS if line.startswith("cowslice ") and line.split()[1] not in ("bench", "serve")]
 VERBS = [line.split("#")[0].split("|")[0].strip() for line in SHOWN]
 PYTHON = [code for kind, code in _CODE.findall(README) if kind == "python"]
 
