@@ -14,8 +14,8 @@ from contextlib import suppress
 from cowslice.errors import StorageError
 from cowslice.format.entries import L1_OFFSET_MASK
 from cowslice.format.refcounts import REFTABLE_OFFSET_MASK
+from cowslice.ops.claimscan import claims
 from cowslice.ops.dataruns import DataRuns
-from cowslice.ops.refcheck import claims
 from cowslice.ops.roots import Roots
 from cowslice.ops.tables import L1Tree
 from cowslice.ops.tableset import TableSet

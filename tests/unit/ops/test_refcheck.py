@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from cowslice.format.geometry import Geometry
 from cowslice.format.refcounts import pack_refblock, unpack_refblock
+from cowslice.ops.claimscan import claims
 from cowslice.ops.l2rules import EntryRules, judge_entry
-from cowslice.ops.refcheck import SATURATED, UNREADABLE, Owners, Tally, claims
+from cowslice.ops.refcheck import SATURATED, UNREADABLE, Owners, Tally
 from cowslice.testing.tally import Counted, count_entries, count_span
 
 CLUSTERS = 12  # host clusters of the file in these tests
