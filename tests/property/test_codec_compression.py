@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cowslice.codec import compression
-from cowslice.codec.compression import Compression, compress_cluster, decompress_cluster, decompress_prefix
+from cowslice.codec.compression import Compression, compress_cluster, decompress_cluster
 from cowslice.errors import CorruptImage
 
 KINDS = st.sampled_from(list(Compression))
@@ -75,20 +75,3 @@ def _outcome_of_zlib(payload: bytes) -> bytes | None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compression, "_isal_zlib", lambda: None)
         return _outcome(payload)
-
-
-@given(kind=KINDS, pieces=CONTENT, bits=st.integers(9, 17), tail=TAIL, where=st.floats(0, 1))
-def test_a_prefix_is_how_the_cluster_begins(
-    kind: Compression, pieces: list[tuple[bytes, int]], bits: int, tail: bytes, where: float
-) -> None:
-    data = cluster_of(pieces, 1 << bits)
-    payload = compress_cluster(kind, data)
-    length = max(1, int(where * len(data)))
-    if payload is not None:
-        assert decompress_prefix(kind, payload + tail, length) == data[:length]
-
-
-@given(kind=KINDS, noise=st.binary(max_size=2000), length=st.integers(1, 512))
-def test_any_bytes_yield_a_whole_prefix_or_an_image_error(kind: Compression, noise: bytes, length: int) -> None:
-    with contextlib.suppress(CorruptImage):
-        assert len(decompress_prefix(kind, noise, length)) == length

@@ -50,18 +50,6 @@ def decompress_cluster(kind: int, payload: ReadableBuffer, cluster_size: int) ->
     raise _unknown(kind)
 
 
-def decompress_prefix(kind: int, payload: ReadableBuffer, length: int) -> bytes:
-    """Return the first `length` bytes (at least 1) of the cluster that `payload` stands for, for the price of those.
-
-    What comes behind them is not looked at, so damage there is not seen. Raises as decompress_cluster.
-    """
-    if kind == Compression.DEFLATE:
-        return _inflate(payload, length)
-    if kind == Compression.ZSTD:
-        return _unzstd(payload, length, whole=False)
-    raise _unknown(kind)
-
-
 def compress_cluster(kind: int, data: ReadableBuffer, *, level: int | None = None, fast: bool = False) -> bytes | None:
     """Return the payload of one whole cluster, or None where it would not be smaller than the cluster.
 
@@ -96,8 +84,8 @@ def _inflate(payload: ReadableBuffer, cluster_size: int) -> bytes:
     return _whole(data, cluster_size, "deflate")
 
 
-def _unzstd(payload: ReadableBuffer, cluster_size: int, *, whole: bool = True) -> bytes:
-    """Decode frame after frame until the cluster is full; unless it is to be `whole` the last frame need not end."""
+def _unzstd(payload: ReadableBuffer, cluster_size: int) -> bytes:
+    """Decode frame after frame until the cluster is full."""
     zstd = _zstd()
     rest = memoryview(payload)
     pieces: list[bytes] = []
@@ -105,8 +93,7 @@ def _unzstd(payload: ReadableBuffer, cluster_size: int, *, whole: bool = True) -
     for _ in range(MAX_FRAMES):
         try:
             frame = rest[: zstd.get_frame_size(rest)]
-            decoder = zstd.ZstdDecompressor()
-            piece = _one_frame(decoder, frame, missing) if whole else decoder.decompress(frame, missing)
+            piece = _one_frame(zstd.ZstdDecompressor(), frame, missing)
         except zstd.ZstdError as error:
             raise _damaged("zstd", f"{error} after {cluster_size - missing} of {cluster_size} bytes") from None
         pieces.append(piece)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from cowslice.codec.compression import decompress_cluster, decompress_prefix
+from cowslice.codec.compression import decompress_cluster
 from cowslice.errors import BadOption, CorruptImage, OutOfRange
 from cowslice.storage.spans import MergedRead, plan_merged_reads
 from cowslice.units import KiB, MiB, div_ceil
@@ -33,7 +33,6 @@ DEFAULT_BUDGET = 8 * MiB
 # than they give; larger, one batch would keep the others waiting.
 LEAST_BATCH = 64 * KiB
 MOST_BATCH = MiB
-REMEMBERED = 1024  # clusters of which the cache knows that somebody asked for a part of them
 
 Key = tuple[int, int, int]
 Deliver = Callable[[int, bytes], None]
@@ -99,7 +98,6 @@ class DecompressedCache:
         self._flights: dict[Key, _Flight] = {}
         self._layers = itertools.count()
         self._used = 0
-        self._asked: OrderedDict[Key, None] = OrderedDict()
         self._hits = self._misses = self._joined = self._evictions = 0
         self._reads = self._read_bytes = 0
 
@@ -136,17 +134,6 @@ class DecompressedCache:
                 self._hits += 1
                 self._kept.move_to_end(key)
             return data
-
-    def asked_before(self, key: Key) -> bool:
-        """Whether a part of it was asked for of late and has to be read again: then all of it is worth keeping."""
-        with self._lock:
-            if self._asked.pop(key, self) is None:
-                return True
-            self._misses += 1
-            self._asked[key] = None
-            if len(self._asked) > REMEMBERED:
-                self._asked.popitem(last=False)
-            return False
 
     def claim(self, key: Key, number: int, keep: bool) -> tuple[bytes | None, _Flight, bool]:
         """The kept cluster; else its flight, and whether the caller is the one who must land it."""
@@ -217,28 +204,6 @@ class CompressedClusters:
         """
         data = self._cache.look((self._layer, host_offset, length))
         return self.clusters([(host_offset, length)])[0] if data is None else data
-
-    def part(self, host_offset: int, length: int, *, skip: int, size: int) -> memoryview:
-        """Return `size` bytes that begin `skip` bytes into a cluster, read-only. Raises as `cluster`.
-
-        When they are asked for the first time nothing behind them is decompressed; a cluster that is asked for again is
-        decompressed whole and kept. So random reads cost half a cluster, and sequential ones hardly more than before.
-        """
-        key = (self._layer, host_offset, length)
-        data = self._cache.look(key)
-        if data is None and skip + size < self._cluster_size and not self._cache.asked_before(key):
-            return memoryview(self._prefix(key, skip + size))[skip:]
-        return memoryview(self.cluster(host_offset, length) if data is None else data)[skip : skip + size]
-
-    def _prefix(self, key: Key, size: int) -> bytes:
-        _, host_offset, length = key
-        _check(host_offset, length)
-        payload = self._storage.read(host_offset, length)
-        self._cache.count_read(length)
-        try:
-            return decompress_prefix(self._kind, payload, size)
-        except CorruptImage as error:
-            raise self._located(error, key) from None
 
     def clusters(self, spans: Sequence[tuple[int, int]], *, keep: bool = True) -> list[bytes]:
         """Return the cluster of each (host offset, length), in the given order. Raises as `cluster`."""
@@ -354,7 +319,6 @@ def run_together(items: Iterable[MergedRead], work: Callable[[MergedRead], None]
     Where other callers keep the cores busy, handing work around would only cost: then this thread does it all.
     """
     waiting = deque(items)
-    _callers.append(None)
 
     def drain() -> None:
         while True:
@@ -366,7 +330,8 @@ def run_together(items: Iterable[MergedRead], work: Callable[[MergedRead], None]
 
     futures = []
     with contextlib.suppress(RuntimeError):  # the interpreter is ending: no new threads
-        futures += [_pool().submit(drain) for _ in range(min(len(waiting) - 1, cores() - len(_callers)))]
+        futures += [_pool().submit(drain) for _ in range(min(len(waiting) - 1, cores() - 1 - len(_callers)))]
+    _callers.append(None)
     try:
         drain()
     finally:
