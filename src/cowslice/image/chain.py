@@ -194,17 +194,17 @@ def _assemble(walk: _Walk) -> tuple[tuple[Layer, ...], SliceCache, tuple[SliceMa
         if link.file is None:
             layers.append(RawLayer(link.place.storage))
             continue
-        maps.append(_slice_map(cache, link.file, next(units)))
+        maps.append(_slice_map(cache, link.file, next(units), readahead=walk.options.readahead))
         layers.append(_qcow2_layer(link.file, link, maps[-1], decompressed))
     return tuple(layers), cache, tuple(maps), decompressed
 
 
-def _slice_map(cache: SliceCache, file: OpenedFile, entry_bytes: int) -> SliceMap:
+def _slice_map(cache: SliceCache, file: OpenedFile, entry_bytes: int, *, readahead: bool) -> SliceMap:
     geometry = file.first.header.geometry
     return SliceMap(
         cache, cluster_bits=geometry.cluster_bits, extended_l2=geometry.extended_l2, l1=file.l1,
         clusters=geometry.clusters(file.size), entry_bytes=entry_bytes, storage=file.place.storage,
-        l1_offset=file.l1_offset)
+        l1_offset=file.l1_offset, readahead=readahead)
 
 
 def _qcow2_layer(

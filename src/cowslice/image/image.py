@@ -268,6 +268,7 @@ def open_image(source: Source, mode: str = "r", **options: Unpack[OpenKeywords])
         whole chain. cache_clean_interval: seconds between giving unused memory back, 0 never.
     decompressed_cache_size: bytes of decompressed clusters to keep, 0 for none.
     policy: "clock2q+" or "lru". warmup: read the maps in the background "auto" (local files), "off", "full".
+    readahead: let one metadata read bring several pieces of the map to a sequential reader.
     gate: judges every name found inside an image; by default only files under the image's own folder are opened.
     backing: None leaves the backing file closed, and what it holds reads as zeros; a path, URL or storage replaces it,
         of format backing_format. data_file: replaces the external data file.

@@ -48,6 +48,7 @@ class OpenKeywords(TypedDict, total=False):
     cache_clean_interval: int
     decompressed_cache_size: int | str
     warmup: str
+    readahead: bool
     policy: str
     gate: Gate
     snapshot: str | None
@@ -75,6 +76,7 @@ class OpenOptions:
     cache_clean_interval: int = 600
     decompressed_cache_size: int | str = DEFAULT_BUDGET
     warmup: str = "auto"
+    readahead: bool = True
     policy: str = "clock2q+"
     gate: Gate = field(default_factory=FolderGate)
     snapshot: str | None = None

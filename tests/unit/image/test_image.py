@@ -15,6 +15,7 @@ import pytest
 
 import cowslice
 from cowslice.format.entries import Kind
+from cowslice.ops.layout import write_populated_image
 from cowslice.storage import FileStorage, MemoryStorage
 from cowslice.testing import peers
 from cowslice.testing.model import ModelImage
@@ -316,3 +317,18 @@ def test_a_chain_is_read_over_http_with_names_beside_the_image(tmp_path: Path, m
             assert disk.read(0, disk.size) == top.over(base.over(b""))
         with pytest.raises(cowslice.ReferenceRefused):
             cowslice.open(f"{url}/sub/../out.qcow2", gate=cowslice.DenyGate())
+
+
+def test_reading_ahead_saves_a_sequential_reader_metadata_reads(tmp_path: Path) -> None:
+    path, slices, span = tmp_path / "disk.qcow2", 16, 1 << 25
+    write_populated_image(path, size=slices * span)
+
+    def loads(*, readahead: bool) -> int:
+        options: dict[str, Any] = {"l2_cache_size": "64k", "l2_cache_entry_size": 4096, "warmup": "off"}
+        with cowslice.open(path, readahead=readahead, **options) as disk:
+            for number in range(slices):
+                disk.read(number * span, 512)
+            return int(disk.cache.statistics()["loads"])
+
+    assert loads(readahead=False) == slices
+    assert loads(readahead=True) < slices
