@@ -7,7 +7,7 @@ where QEMU alone decides (never written clusters of a preallocated encrypted ima
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,6 @@ SECRET = "correct horse"
 FILL = 0x77
 _CORRUPT_BYTE = 79
 _KILLED = -9
-_TRIES = 5
 _BLOCK = 4096
 
 
@@ -121,7 +120,7 @@ class _Kitchen:
         backing = [] if fixture.backing == "none" else ["-b", *_backing_name(fixture)]
         secret = _secret_object() if fixture.encryption != "none" else []
         described = [*secret, "-f", "qcow2", *backing, "-o", ",".join(options)]
-        _patiently(lambda: peers.qemu_img("create", "-q", *described, self.path, self.size))
+        peers.qemu_img("create", "-q", *described, self.path, self.size)
         if fixture.encryption != "none" and fixture.preallocation != "off":
             self.guest.known = bytearray(self.size)
 
@@ -298,18 +297,6 @@ class _Kitchen:
 
     def _l2_span(self) -> int:
         return self.cluster * (self.cluster // (16 if self.fixture.l2 == "extended" else 8))
-
-
-def _patiently(create: Callable[[], object]) -> None:
-    """QEMU measures how fast a LUKS key is derived, and on a busy machine gives up when it cannot."""
-    for _ in range(_TRIES - 1):
-        try:
-            create()
-            return
-        except AssertionError as error:
-            if "accurate CPU usage" not in str(error):
-                raise
-    create()
 
 
 def _options_of(fixture: Fixture, directory: Path) -> list[str]:
