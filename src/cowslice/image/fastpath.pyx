@@ -16,10 +16,10 @@ from cowslice.cache.pthread cimport pthread_mutex_lock, pthread_mutex_unlock
 from cowslice.cache.slicemap cimport FOUND, SliceMap
 from cowslice.image.hostread cimport IN_MEMORY, File, manner_of, read_host
 
-import os
 import threading
 
 from cowslice.errors import Closed, OutOfRange, RequestError
+from cowslice.image.compressed import cores
 
 cdef extern from "<unistd.h>" nogil:
     int usleep(unsigned int)
@@ -277,7 +277,7 @@ cdef class FastPath:
         """The calling thread works too. What lies in memory never waits, so there a thread per processor does it all."""
         cdef int64_t useful = (batch.count + CLAIM - 1) // CLAIM
         if depth > 1 and self.in_memory:
-            useful = min(useful, <int64_t> len(os.sched_getaffinity(0)))
+            useful = min(useful, <int64_t> cores())
         threads = [threading.Thread(target=self._work, args=(batch,), daemon=True) for _ in range(1, min(depth, useful))]
         self.active += 1
         try:

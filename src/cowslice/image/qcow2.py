@@ -101,10 +101,7 @@ class Qcow2Layer(Layer):
         if piece.kind is Kind.NORMAL:
             self._fill_normal(piece, buffer)
         elif piece.kind is Kind.COMPRESSED:
-            within = self.geometry.in_cluster(piece.start)
-            # Inflated whole even for a few bytes: only its end shows that the stream is sound.
-            # Never deciphered: QEMU stores compressed clusters of encrypted images in clear.
-            buffer[:] = self.compressed.cluster(piece.host, piece.stored)[within : within + piece.length]
+            self._fill_compressed((piece,), (buffer,))
         else:
             fill_zeros(buffer)
 
@@ -112,9 +109,7 @@ class Qcow2Layer(Layer):
         if any(piece.kind is not Kind.COMPRESSED for piece in pieces):
             super().fill_all(pieces, buffers)
             return
-        self.compressed.fill([
-            Part(piece.host, piece.stored, self.geometry.in_cluster(piece.start), buffer)
-            for piece, buffer in zip(pieces, buffers, strict=True)])
+        self._fill_compressed(pieces, buffers)
 
     def join(self, fast: FastPath) -> None:
         """Add this layer to a compiled path. Raises TypeError unless `slices` is a SliceMap."""
@@ -167,6 +162,12 @@ class Qcow2Layer(Layer):
         where = f" at host offset {at:#x}" if at >= 0 else ""
         return CorruptImage(f"{message} (guest cluster {cluster}, entry{where}, in '{shown(self.name)}')",
                             structure="L2 table", offset=at)
+
+    def _fill_compressed(self, pieces: Sequence[Piece], buffers: Sequence[memoryview]) -> None:
+        """Never deciphered: QEMU stores compressed clusters of encrypted images in clear."""
+        self.compressed.fill([
+            Part(piece.host, piece.stored, self.geometry.in_cluster(piece.start), buffer)
+            for piece, buffer in zip(pieces, buffers, strict=True)])
 
     def _fill_normal(self, piece: Piece, buffer: memoryview) -> None:
         if not self._has_data:

@@ -6,7 +6,6 @@ failure it raises, and whatever it wrote by then is the caller's to throw away.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Protocol
 
 from cowslice.errors import BadOption, CowsliceError
 from cowslice.format.entries import Kind
+from cowslice.image.compressed import cores
 from cowslice.image.image import Image
 from cowslice.image.layer import fill_zeros
 from cowslice.image.mapping import resolve
@@ -96,7 +96,7 @@ def _workers(sources: Sequence[Image], options: ConvertOptions) -> int:
     if options.workers:
         return options.workers
     local = all(layer.data.fileno() >= 0 for image in sources for layer in image.layers)
-    return min(REMOTE_WORKERS, os.cpu_count() or 1) if local else REMOTE_WORKERS
+    return min(REMOTE_WORKERS, cores()) if local else REMOTE_WORKERS
 
 
 class _Count:
