@@ -14,6 +14,7 @@ cdef enum:
     LOADING = 1
     INLINE = 2
     PACKED = 3
+    DIRTY = 4           # a DirtySlice, which no policy knows and nothing evicts
     STATE = 7
 
 # A resident slice of more than one run. The payload follows; the node's cargo holds what else a Shape needs.
@@ -27,7 +28,7 @@ cdef struct Leaf:
     Leaf *next
     uint64_t words[LEAF_WORDS]
     uint32_t number         # its place in its directory
-    uint32_t loading        # words in state LOADING: such a leaf stays
+    uint32_t pinned         # words in state LOADING or DIRTY: such a leaf stays
     uint16_t layer
     uint8_t used            # looked at since the hand passed
     uint8_t idle            # not looked at since the last trim
@@ -39,6 +40,7 @@ cdef struct Directory:
 
 cdef uint64_t inline_word(const uint8_t *raw, uint32_t entries, uint8_t cluster_bits, bint extended) noexcept nogil
 cdef Slice *make_slice(const uint8_t *raw, uint32_t entries, uint8_t cluster_bits, bint extended) noexcept nogil
+cdef void spell_out(uint64_t word, uint8_t cluster_bits, uint8_t slice_bits, bint extended, uint8_t *raw) noexcept nogil
 cdef void foresee(uint64_t word, uint32_t index, bint deep) noexcept nogil
 cdef void read_inline(uint64_t word, uint8_t cluster_bits, uint8_t slice_bits, uint32_t index, Mapped *out) noexcept nogil
 cdef void read_slice(const Slice *held, uint8_t cluster_bits, uint8_t slice_bits, uint32_t index, uint32_t want, Mapped *out) noexcept nogil

@@ -7,13 +7,14 @@ It does not know who keeps the words, nor which slice leaves. A word is one of
   ...  | 2              inline: the slice is one run, and the word is all there is of it
                         bits 3-5 tag (zero, compressed, copied), 6-7 which bitmap, from 8 the first host cluster
   pointer | 3           packed: a Slice, 16-byte aligned
+  pointer | 4           dirty: a DirtySlice, see dirty.pxd
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport malloc
 from libc.string cimport memcpy, memset
 
-from cowslice.cache.forms cimport OFFSET, SLOPED, Mapped, Shape, bswap64, locate, payload_size
+from cowslice.cache.forms cimport MAX_ENTRIES, NO_BITMAPS, OFFSET, SLOPED, Mapped, Shape, bswap64, locate, payload_size, unpack
 from cowslice.cache.packing cimport Draft, one_run, pack
 
 cdef extern from *:
@@ -103,3 +104,36 @@ cdef void read_slice(const Slice *held, uint8_t cluster_bits, uint8_t slice_bits
     cdef Shape shape
     unstow(held, cluster_bits, slice_bits, &shape)
     locate(&shape, payload_of(held), payload_size(&shape), index, want, out)
+
+
+cdef void spell_out(uint64_t word, uint8_t cluster_bits, uint8_t slice_bits, bint extended, uint8_t *raw) noexcept nogil:
+    """Write the big-endian entries that an inline or packed word stands for: exactly those that it was made from."""
+    cdef uint64_t words[MAX_ENTRIES]
+    cdef uint64_t bitmaps[MAX_ENTRIES]
+    cdef uint64_t *out = <uint64_t *> raw
+    cdef uint32_t i, step = 2 if extended else 1
+    if word & STATE == INLINE:
+        unfold_inline(word, cluster_bits, slice_bits, words, bitmaps)
+    else:
+        unfold_slice(slice_of(word), cluster_bits, slice_bits, words, bitmaps)
+    for i in range(<uint32_t> 1 << slice_bits):
+        out[i * step] = bswap64(words[i])
+        if extended:
+            out[2 * i + 1] = bswap64(bitmaps[i])
+
+
+cdef void unfold_inline(uint64_t word, uint8_t cluster_bits, uint8_t slice_bits, uint64_t *words, uint64_t *bitmaps) noexcept nogil:
+    cdef Mapped m
+    cdef uint32_t i
+    for i in range(<uint32_t> 1 << slice_bits):
+        read_inline(word, cluster_bits, slice_bits, i, &m)
+        words[i] = m.word
+        bitmaps[i] = m.bitmap
+
+
+cdef void unfold_slice(const Slice *held, uint8_t cluster_bits, uint8_t slice_bits, uint64_t *words, uint64_t *bitmaps) noexcept nogil:
+    cdef Shape shape
+    unstow(held, cluster_bits, slice_bits, &shape)
+    if shape.bitmaps == NO_BITMAPS:
+        memset(bitmaps, 0, <uint64_t> 8 << slice_bits)
+    unpack(&shape, payload_of(held), payload_size(&shape), words, bitmaps)

@@ -3,6 +3,7 @@
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from cowslice.cache.directory cimport Directory, Leaf, Slice
+from cowslice.cache.dirty cimport DirtyRing, DirtySlice
 from cowslice.cache.pthread cimport pthread_cond_t, pthread_mutex_t
 from cowslice.cache.policy cimport Policy
 
@@ -30,7 +31,8 @@ cdef class SliceCache:
     cdef pthread_cond_t loaded
     cdef uint32_t waiting
     cdef Policy policy
-    cdef uint64_t slice_bytes
+    cdef uint64_t slice_bytes       # dirty ones included
+    cdef uint64_t dirty_bytes
     cdef uint64_t leaf_bytes
     cdef uint64_t fixed_bytes
     cdef Counters counters
@@ -46,9 +48,13 @@ cdef class SliceCache:
     cdef bint evict_slice(self) noexcept nogil
     cdef bint drop_leaf(self) noexcept nogil
     cdef void discard_leaf(self, Leaf *leaf) noexcept nogil
+    cdef void discard_word(self, Leaf *leaf, uint32_t i) noexcept nogil
+    cdef void keep_dirty(self, DirtySlice *held, DirtyRing *owner) noexcept nogil
+    cdef void forget_dirty(self, DirtySlice *held) noexcept nogil
     cdef void trim_leaf(self, Leaf *leaf) noexcept nogil
     cdef uint64_t trim_all(self) noexcept nogil
     cdef uint16_t adopt(self, uint64_t leaves) except 0xFFFF
+    cdef Leaf **exchange(self, uint16_t layer, Leaf **leaves, uint64_t length) noexcept nogil
     cdef void retire(self, uint16_t layer) noexcept
     cdef bytes residency(self, uint16_t layer, uint64_t slices, uint32_t cells)
     cdef void count_leaf(self, uint16_t layer, uint64_t first, uint64_t last, uint64_t slices, uint32_t cells, uint32_t *found) noexcept nogil

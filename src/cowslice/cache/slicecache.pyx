@@ -1,14 +1,15 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """The memory of the maps of one chain: a byte budget, one lock, directories of leaves, packed slices, counters.
 
-It does not know how slices are loaded or what they say. What must hold: with no load in flight `bytes_used` is at most
-`budget`, unless the fixed tables alone are larger (then nothing else is kept); eviction never writes.
+It does not know how slices are loaded or what they say. What must hold: with no load in flight and nothing dirty
+`bytes_used` is at most `budget`, unless the fixed tables alone are larger (then nothing else is kept); eviction never writes.
 """
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 
-from cowslice.cache.directory cimport ABSENT, INLINE, LEAF_WORDS, PACKED, STATE, Directory, Leaf, Slice, charged, slice_of
+from cowslice.cache.directory cimport ABSENT, DIRTY, INLINE, LEAF_WORDS, PACKED, STATE, Directory, Leaf, Slice, charged, slice_of
+from cowslice.cache.dirty cimport DirtyRing, DirtySlice, dirty_of, link_dirty, unlink_dirty
 from cowslice.cache.pthread cimport (
     pthread_cond_destroy, pthread_cond_init, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock)
 from cowslice.cache.policy cimport USED, Node, Policy, make_policy
@@ -45,7 +46,7 @@ cdef class SliceCache:
     """The memory that the maps of one chain share: `budget` bytes, a replacement policy, one lock, counters.
 
     `budget` counts packed slices with their headers, directories and their leaves, and the policy's own tables, each with
-    what the C library adds; loads in flight come on top.
+    what the C library adds; loads in flight come on top. Dirty slices are counted too, but stay whatever the budget.
     """
 
     def __cinit__(self, uint64_t budget, str policy="clock2q+"):
@@ -117,13 +118,13 @@ cdef class SliceCache:
         free(held)
 
     cdef bint drop_leaf(self) noexcept nogil:
-        """A clock over all leaves: what was looked at since the hand passed stays, and what loads. The lock is held."""
+        """A clock over all leaves: what was looked at since the hand passed stays, and what loads or is dirty. The lock is held."""
         cdef uint64_t steps = 2 * self.leaf_count
         cdef Leaf *leaf
         while steps:
             steps -= 1
             leaf = self.ring.prev
-            if not leaf.used and not leaf.loading:
+            if not leaf.used and not leaf.pinned:
                 self.discard_leaf(leaf)
                 self.counters.leaves_dropped += 1
                 return True
@@ -133,21 +134,40 @@ cdef class SliceCache:
         return False
 
     cdef void discard_leaf(self, Leaf *leaf) noexcept nogil:
-        """Forget a leaf with all its slices. The lock is held, and none of them loads."""
-        cdef uint64_t word
+        """Forget a leaf with all its slices, dirty ones too. The lock is held, and none of them loads."""
         cdef uint32_t i
         for i in range(LEAF_WORDS):
-            word = leaf.words[i]
-            if word & STATE == INLINE:
-                self.counters.inlined -= 1
-            elif word & STATE == PACKED:
-                self.policy.remove(&slice_of(word).node)
-                self.release(slice_of(word))
+            self.discard_word(leaf, i)
         self.directories[leaf.layer].leaves[leaf.number] = NULL
         unlink(leaf)
         free(leaf)
         self.leaf_count -= 1
         self.leaf_bytes -= charged(sizeof(Leaf))
+
+    cdef void discard_word(self, Leaf *leaf, uint32_t i) noexcept nogil:
+        """Forget a slice that does not load, even a dirty one. The lock is held."""
+        cdef uint64_t word = leaf.words[i]
+        if word & STATE == INLINE:
+            self.counters.inlined -= 1
+        elif word & STATE == PACKED:
+            self.policy.remove(&slice_of(word).node)
+            self.release(slice_of(word))
+        elif word & STATE == DIRTY:
+            self.forget_dirty(dirty_of(word))
+            leaf.pinned -= 1
+        leaf.words[i] = ABSENT
+
+    cdef void keep_dirty(self, DirtySlice *held, DirtyRing *owner) noexcept nogil:
+        """Account for a dirty slice, whatever the budget. The lock is held."""
+        link_dirty(owner, held)
+        self.dirty_bytes += held.granules * 16
+        self.slice_bytes += held.granules * 16
+
+    cdef void forget_dirty(self, DirtySlice *held) noexcept nogil:
+        self.dirty_bytes -= held.granules * 16
+        self.slice_bytes -= held.granules * 16
+        unlink_dirty(held)
+        free(held)
 
     # -- layers -----------------------------------------------------------------------------------------------------
 
@@ -178,20 +198,32 @@ cdef class SliceCache:
         pthread_mutex_unlock(&self.lock)
         return <uint16_t> layer
 
+    cdef Leaf **exchange(self, uint16_t layer, Leaf **leaves, uint64_t length) noexcept nogil:
+        """Give a map a fresh directory of `length` places, or none; all it had is forgotten. The caller frees what is returned.
+
+        The lock is held, and nothing of that map loads.
+        """
+        cdef Directory *own = &self.directories[layer]
+        cdef Leaf **gone = own.leaves
+        cdef uint32_t number
+        for number in range(own.length):
+            if gone[number] != NULL:
+                self.discard_leaf(gone[number])
+        self.fixed_bytes -= charged(<uint64_t> own.length * sizeof(Leaf *))
+        own.leaves = leaves
+        own.length = <uint32_t> length
+        if leaves != NULL:
+            self.fixed_bytes += charged(length * sizeof(Leaf *))
+            self.make_room(0)
+        return gone
+
     cdef void retire(self, uint16_t layer) noexcept:
         """Forget a map that nobody can ask any more; its number is free for another."""
-        cdef Directory gone
-        cdef uint32_t number
+        cdef Leaf **gone
         pthread_mutex_lock(&self.lock)
-        gone = self.directories[layer]
-        for number in range(gone.length):
-            if gone.leaves[number] != NULL:
-                self.discard_leaf(gone.leaves[number])
-        self.directories[layer].leaves = NULL
-        self.directories[layer].length = 0
-        self.fixed_bytes -= charged(<uint64_t> gone.length * sizeof(Leaf *))
+        gone = self.exchange(layer, NULL, 0)
         pthread_mutex_unlock(&self.lock)
-        free(gone.leaves)
+        free(gone)
 
     # -- what is here -----------------------------------------------------------------------------------------------
 
@@ -268,7 +300,7 @@ cdef class SliceCache:
         """Slices of one run stay as long as anybody looks at their leaf: alone they free nothing."""
         cdef Slice *held
         cdef uint32_t i
-        if leaf.loading:
+        if leaf.pinned:
             return
         if leaf.idle:
             self.discard_leaf(leaf)
@@ -289,16 +321,18 @@ cdef class SliceCache:
         """Counters since the start and what is resident now, as a dict; sizes in bytes.
 
         `loads` counts metadata reads that came, `failed_loads` those that did not, `joined_loads` the waits of lookups for
-        a read of somebody else; `slices` counts resident slices by form, `inline` being those of one run.
+        a read of somebody else; `slices` counts resident slices by form, `inline` being those of one run; dirty ones are
+        not among them, their memory is `dirty_bytes`.
         """
         pthread_mutex_lock(&self.lock)
         cdef Counters c = self.counters
         cdef uint64_t used = self.used_bytes()
         cdef uint64_t ghosts = self.policy.overhead()
+        cdef uint64_t dirty = self.dirty_bytes
         pthread_mutex_unlock(&self.lock)
         return {
             "hits": c.hits, "misses": c.misses, "loads": c.loads, "joined_loads": c.joined, "failed_loads": c.failed,
             "bytes_read": c.bytes_read, "evictions": c.evictions, "leaves_dropped": c.leaves_dropped,
-            "bytes_used": used, "policy_bytes": ghosts, "budget": self.budget, "policy": self.policy.name,
+            "bytes_used": used, "policy_bytes": ghosts, "dirty_bytes": dirty, "budget": self.budget, "policy": self.policy.name,
             "slices": {"inline": c.inlined, **{form: c.forms[i] for i, form in enumerate(FORMS)}},
         }

@@ -1,13 +1,14 @@
 from typing import Any, Protocol
 
 from cowslice.cache.slicecache import SliceCache as SliceCache
+from cowslice.cache.stores import Stores
 
 class _Readable(Protocol):
     alignment: int
     def fileno(self) -> int: ...
     def read_into(self, offset: int, buffer: bytearray) -> Any: ...
 
-class SliceMap:
+class SliceMap(Stores):
     cache: SliceCache
     clusters: int
     slice_clusters: int

@@ -13,7 +13,8 @@ from libc.string cimport memset
 
 from cowslice.cache.packing cimport Mapped
 from cowslice.cache.pthread cimport pthread_mutex_lock, pthread_mutex_unlock
-from cowslice.cache.slicemap cimport FOUND, SliceMap
+from cowslice.cache.loads cimport FOUND
+from cowslice.cache.slicemap cimport SliceMap
 from cowslice.image.hostread cimport IN_MEMORY, File, manner_of, read_host
 
 import threading
