@@ -14,6 +14,7 @@ from cowslice.format.words import swapped, unpack_words
 
 REFTABLE_OFFSET_MASK = 0xFFFF_FFFF_FFFF_FE00
 REFTABLE_RESERVED_MASK = 0x0000_0000_0000_01FF
+_WHETHER_USED = bytes(1) + bytes([1]) * 255
 _TYPECODES = {3: "B", 4: "H", 5: "I", 6: "Q"}
 
 
@@ -73,6 +74,20 @@ def set_refcount(block: bytearray | memoryview, index: int, order: int, value: i
     block[byte] = block[byte] & ~(((1 << bits) - 1) << shift) | value << shift
 
 
+def counted_once(count: int, geometry: Geometry) -> bytearray:
+    """A block whose first `count` entries are one and the others zero: what a file laid out in one go has."""
+    order = geometry.refcount_order
+    if order >= 3:
+        width = 1 << (order - 3)
+        return bytearray((bytes(width - 1) + b"\1") * count).ljust(geometry.cluster_size, b"\0")
+    whole, rest = divmod(count, 8 >> order)
+    block = bytearray((sum(1 << (at << order) for at in range(8 >> order)),)) * whole
+    block = block.ljust(geometry.cluster_size, b"\0")
+    for index in range(count - rest, count):
+        set_refcount(block, index, order, 1)
+    return block
+
+
 def unpack_refblock(block: bytes | bytearray | memoryview, order: int) -> array[int]:
     """All counts of a block as a native array of the narrowest type: 'B' up to 8 bits, then 'H', 'I', 'Q'."""
     raw = bytes(block)
@@ -99,6 +114,38 @@ def pack_refblock(counts: array[int], order: int) -> bytes:
     for position in range(per_byte):
         packed |= int.from_bytes(raw[position::per_byte], "big") << position * bits
     return packed.to_bytes(len(raw) // per_byte, "big")
+
+
+def zero_counts(raw: bytes, order: int) -> list[tuple[int, int]]:
+    """Where part of a block, whole bytes of it, counts 0: ascending (first entry, entries). Byte order is no matter."""
+    used = raw
+    if order < 3:
+        used = bytes(unpack_refblock(raw, order))
+    elif order > 3:
+        width = 1 << (order - 3)
+        if raw.find(bytes(width)) < 0:
+            return []
+        merged = 0
+        for position in range(width):
+            merged |= int.from_bytes(raw[position::width], "little")
+        used = merged.to_bytes(len(raw) // width, "little")
+    used = used.translate(_WHETHER_USED)
+    runs = []
+    first = used.find(0)
+    while first >= 0:
+        end = used.find(1, first)
+        end = len(used) if end < 0 else end
+        runs.append((first, end - first))
+        first = used.find(0, end)
+    return runs
+
+
+def last_count(raw: bytes, order: int) -> int:
+    """The last entry of a block, whole bytes of it, that is not 0; -1 for none. `raw` is as on disk."""
+    size = len(raw.rstrip(b"\0"))
+    if order >= 3 or not size:
+        return (size - 1) >> max(order - 3, 0)
+    return ((size - 1) * 8 + raw[size - 1].bit_length() - 1) >> order
 
 
 def _unpack_tables(order: int) -> tuple[bytes, ...]:

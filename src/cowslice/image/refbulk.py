@@ -1,0 +1,79 @@
+"""One reference more or less for hundreds of thousands of clusters at once, as snapshots need it.
+
+It does not know free space. What must hold: the counts afterwards are those that one change after the other would have
+left, or, when it raises, those from before.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from cowslice.image.refblocks import Refblocks
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Numbers = NDArray[Any]
+
+
+def adjust(blocks: Refblocks, clusters: Sequence[int] | array[int] | Numbers, delta: int) -> list[tuple[int, int]]:
+    """Refcounts.adjust for many clusters: returns the runs (first cluster, clusters) whose count became 0."""
+    import numpy as np
+
+    numbers, times = np.unique(np.asarray(clusters, dtype=np.int64), return_counts=True)
+    undo: list[tuple[Numbers, Numbers, Numbers]] = []
+    zeros: list[Numbers] = []
+    try:
+        for index, piece in _by_block(numbers, blocks.shift):
+            block = blocks.needed(index)
+            counts = np.frombuffer(block.counts, dtype=block.counts.typecode)
+            entries = numbers[piece] & ((1 << blocks.shift) - 1)
+            before = counts[entries]
+            _check(blocks, numbers[piece], before, times[piece], delta)
+            change = times[piece].astype(before.dtype)
+            after = before + change if delta > 0 else before - change
+            undo.append((counts, entries, before))
+            counts[entries] = after
+            blocks.touch(index, block, int(entries[0]), int(entries[-1]) + 1)
+            zeros.append(numbers[piece][after == 0])
+    except BaseException:
+        for counts, entries, before in undo:
+            counts[entries] = before
+        raise
+    return _runs(np.concatenate(zeros))
+
+
+def _check(blocks: Refblocks, clusters: Numbers, before: Numbers, times: Numbers, delta: int) -> None:
+    least = 1 if delta > 0 else times
+    if (before < least).any():
+        raise blocks.uncounted(int(clusters[(before < least).argmax()]))
+    if delta > 0:
+        import numpy as np
+
+        kind = np.uint64 if blocks.limit >> 63 else np.int64
+        full = before.astype(kind) > kind(blocks.limit) - times.astype(kind)
+        if full.any():
+            raise blocks.overflow(int(clusters[full.argmax()]))
+
+
+def _by_block(numbers: Numbers, shift: int) -> Iterator[tuple[int, slice]]:
+    """Cut ascending clusters into (block index, slice of those it counts)."""
+    import numpy as np
+
+    indexes = numbers >> shift
+    borders = [0, *(np.flatnonzero(indexes[1:] != indexes[:-1]) + 1).tolist(), len(numbers)]
+    for first, end in pairwise(borders):
+        yield int(indexes[first]), slice(first, end)
+
+
+def _runs(numbers: Numbers) -> list[tuple[int, int]]:
+    import numpy as np
+
+    if not len(numbers):
+        return []
+    starts = np.flatnonzero(np.concatenate(([True], numbers[1:] != numbers[:-1] + 1)))
+    lengths = np.diff(np.concatenate((starts, [len(numbers)])))
+    return list(zip(numbers[starts].tolist(), lengths.tolist(), strict=True))
