@@ -29,7 +29,8 @@ def uniform_misses(cell: Cell) -> float:
 
 
 def qemu(cell: Cell) -> Forecast:
-    return forecast_qemu(SEED, Load(), misses=uniform_misses(cell), entry_bytes=cell.entry_bytes)
+    return forecast_qemu(SEED, Load(), misses=uniform_misses(cell), entry_bytes=cell.entry_bytes,
+                         entries=cell.cache_bytes // cell.entry_bytes)
 
 
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if not cell.covers(40 * GiB)], ids=str)
