@@ -44,7 +44,8 @@ class Curve:
     hold from `entries[i]` up to `entries[i + 1]`, and for ever from the last on. Misses include the `cold_reads` and
     `cold_writes`: first touches, which no size avoids. `writes` counts everything that is not a read. A slice maps
     `slice_span` guest bytes; the disk has `slices` of them, of which the trace touched `touched`. `rate` is the share
-    of slices that was sampled, 1.0 when the curve is exact; `error` is how far a miss ratio may then be off.
+    of slices that was sampled, 1.0 when the curve is exact; else the curve may be off by `error`, up or down as a share
+    of all accesses, and to the left or right as a share of the slices that were touched.
     """
 
     entry_bytes: int
@@ -162,7 +163,7 @@ class _Builder:
         self.disk_size = disk_size
         self.requests = 0
         self.stacks = {
-            1 << bits: Stack(_span_bits(geometry, 1 << bits))
+            1 << bits: _stack(geometry, 1 << bits, disk_size)
             for bits in range(MIN_ENTRY_SIZE.bit_length() - 1, geometry.cluster_bits + 1)}
 
     def add(self, chunk: Columns) -> None:
@@ -177,11 +178,17 @@ class _Builder:
 
     def _curve(self, entry: int, stack: Stack) -> Curve:
         span = 1 << _span_bits(self.geometry, entry)
-        entries, misses = distances_to_misses(stack)
+        entries, misses = misses_of(stack)
+        reads, writes = stack.reads_and_writes
         return Curve(
-            entry_bytes=entry, slice_span=span, slices=div_ceil(self.disk_size, span), touched=stack.touched,
-            reads=int(misses[0][0]), writes=int(misses[1][0]), cold_reads=stack.cold[0], cold_writes=stack.cold[1],
-            entries=entries, read_misses=misses[0], write_misses=misses[1], rate=stack.rate)
+            entry_bytes=entry, slice_span=span, slices=stack.slices, touched=round(stack.followed / stack.rate),
+            reads=reads, writes=writes, cold_reads=stack.cold[0], cold_writes=stack.cold[1], entries=entries,
+            read_misses=misses[0], write_misses=misses[1], rate=stack.rate, error=sampling_error(stack))
+
+
+def _stack(geometry: Geometry, entry_bytes: int, disk_size: int) -> Stack:
+    span_bits = _span_bits(geometry, entry_bytes)
+    return Stack(span_bits, slices=div_ceil(disk_size, 1 << span_bits))
 
 
 def _span_bits(geometry: Geometry, entry_bytes: int) -> int:
@@ -189,11 +196,18 @@ def _span_bits(geometry: Geometry, entry_bytes: int) -> int:
     return geometry.cluster_bits + (entry_bytes // geometry.l2_entry_size).bit_length() - 1
 
 
-def distances_to_misses(stack: Stack) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
+def misses_of(stack: Stack) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
     """The cache sizes, from 0, at which the misses of a stack change, and the misses there: of reads, of the rest."""
-    found = [stack.distances(write) for write in (0, 1)]
+    found = [stack.distances(write) for write in (False, True)]
     sizes = np.union1d(np.union1d(found[0][0], found[1][0]), [0])
-    return sizes, [_misses(sizes, *found[write]) + stack.cold[write] for write in (0, 1)]
+    misses = [_misses(sizes, *found[write]) + stack.cold[write] for write in (0, 1)]
+    # What a sample stands for need not add up to the number of accesses, which is known.
+    return sizes, [np.minimum(misses[write], stack.reads_and_writes[write]) for write in (0, 1)]
+
+
+def sampling_error(stack: Stack) -> float:
+    """Two standard deviations of what a sample of slices tells: they shrink with the root of how many are followed."""
+    return 0.0 if stack.rate == 1.0 else 2 / max(1, stack.followed) ** 0.5
 
 
 def _misses(entries: NDArray[np.int64], distances: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:

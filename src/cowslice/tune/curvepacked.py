@@ -18,7 +18,7 @@ from cowslice.format.geometry import Geometry
 from cowslice.format.words import unpack_words
 from cowslice.image.image import Image
 from cowslice.image.qcow2 import Qcow2Layer
-from cowslice.tune.curve import Columns, distances_to_misses, touched_spans
+from cowslice.tune.curve import Columns, misses_of, touched_spans
 from cowslice.tune.curvestack import Stack
 from cowslice.units import div_ceil, round_up
 
@@ -144,10 +144,12 @@ def _charged(packed: PackedSlice) -> int:
 def packed_curve(requests: Iterable[Columns], packed: PackedMap) -> PackedCurve:
     """Compute the curve by bytes of a trace on that image in one pass. Raises OutOfRange and what the trace raises."""
     unit = 16
-    stack = Stack(packed.slice_span.bit_length() - 1, weights=(packed.sizes // unit).astype(np.uint16))
+    weights = (packed.sizes // unit).astype(np.uint16)
+    stack = Stack(packed.slice_span.bit_length() - 1, slices=len(weights), weights=weights)
     for chunk in requests:
         stack.add(*touched_spans(chunk, packed.geometry, packed.disk_size))
-    sizes, misses = distances_to_misses(stack)
+    sizes, misses = misses_of(stack)
+    reads, writes = stack.reads_and_writes
     return PackedCurve(
-        reads=int(misses[0][0]), writes=int(misses[1][0]), cold_reads=stack.cold[0], cold_writes=stack.cold[1],
+        reads=reads, writes=writes, cold_reads=stack.cold[0], cold_writes=stack.cold[1],
         directory_bytes=packed.directory_bytes, sizes=sizes * unit, read_misses=misses[0], write_misses=misses[1])
