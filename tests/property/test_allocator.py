@@ -1,4 +1,4 @@
-"""Allocation against a dictionary of counts: any order of taking, sharing, giving back, any widths and cluster sizes."""
+"""Allocation against a dictionary of counts: any order of requests, any widths and cluster sizes."""
 
 from __future__ import annotations
 
