@@ -58,6 +58,7 @@ class Chain:
     cache: SliceCache
     slice_maps: tuple[SliceMap, ...]
     decompressed: DecompressedCache
+    refcount_budget: int
     stack: ExitStack
 
 
@@ -73,7 +74,7 @@ def open_chain(source: Source, options: OpenOptions, warn: Callable[[str], None]
 def _follow(walk: _Walk, source: Source) -> None:
     """Open the top and then each backing file until one has none."""
     options = walk.options
-    place = open_place(source, options, walk.stack)
+    place = open_place(source, options, walk.stack, writable=options.writable)
     walk.root = root_of(place.path)
     _add(walk, place, decide_format(place, options.format), snapshot=options.snapshot)
     following = None if options.metadata_only else _below_top(walk)
@@ -152,13 +153,14 @@ def _open_data(walk: _Walk, file: OpenedFile) -> Storage | None:
             raise BadOption(f"data_file is given, but '{shown(file.place.storage.name)}' has none")
         return file.place.storage
     if not isinstance(given, Named):
-        return open_place(given, walk.options, walk.stack).storage
+        return open_place(given, walk.options, walk.stack, writable=walk.options.writable).storage
     if walk.options.metadata_only:
         return None
     if file.first.data_file_name is None:
         raise MalformedImage(f"'{shown(file.place.storage.name)}' needs an external data file but does not name it",
                              where="header extensions", field="data file", hint="Name it with data_file.")
-    return _open_named(walk, file, Role.DATA, file.first.data_file_name, "raw").storage
+    writable = top and walk.options.writable
+    return _open_named(walk, file, Role.DATA, file.first.data_file_name, "raw", writable=writable).storage
 
 
 def _open_cipher(walk: _Walk, file: OpenedFile) -> SectorCipher | None:
@@ -169,19 +171,20 @@ def _open_cipher(walk: _Walk, file: OpenedFile) -> SectorCipher | None:
             file.place.storage, file.first, walk.options.secret, max_rounds=walk.options.max_key_rounds)
 
 
-def _open_named(walk: _Walk, file: OpenedFile, role: Role, name: bytes, kind: str | None) -> Place:
+def _open_named(walk: _Walk, file: OpenedFile, role: Role, name: bytes, kind: str | None, *, writable: bool = False
+                ) -> Place:
     """Open what an image names, if the gate permits it."""
     reference = resolve(role, os.fsdecode(name), kind, image=file.place.path, root=walk.root)
     pass_gate(walk.options.gate, reference)
     try:
-        return open_place(reference.target, walk.options, walk.stack)
+        return open_place(reference.target, walk.options, walk.stack, writable=writable)
     except CowsliceError as failure:
         # The message quotes a name that a stranger chose: no control character of it may reach a terminal.
         failure.args = (f"the {role.value} that '{shown(file.place.storage.name)}' names: {shown(str(failure))}",)
         raise
 
 
-def _assemble(walk: _Walk) -> tuple[tuple[Layer, ...], SliceCache, tuple[SliceMap, ...], DecompressedCache]:
+def _assemble(walk: _Walk) -> tuple[tuple[Layer, ...], SliceCache, tuple[SliceMap, ...], DecompressedCache, int]:
     """Make the layers, their maps and the memory these share."""
     files = [link.file for link in walk.links if link.file is not None]
     plan = plan_chain_cache([(file.size, file.first.header.geometry) for file in files], walk.options)
@@ -196,7 +199,7 @@ def _assemble(walk: _Walk) -> tuple[tuple[Layer, ...], SliceCache, tuple[SliceMa
             continue
         maps.append(_slice_map(cache, link.file, next(units), readahead=walk.options.readahead))
         layers.append(_qcow2_layer(link.file, link, maps[-1], decompressed))
-    return tuple(layers), cache, tuple(maps), decompressed
+    return tuple(layers), cache, tuple(maps), decompressed, plan.refcounts
 
 
 def _slice_map(cache: SliceCache, file: OpenedFile, entry_bytes: int, *, readahead: bool) -> SliceMap:

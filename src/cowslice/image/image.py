@@ -9,12 +9,12 @@ from __future__ import annotations
 import weakref
 from array import array
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from cowslice.cache.slicemap import SliceCache
-from cowslice.errors import BadOption, OutOfRange, RequestError
+from cowslice.errors import BadOption, CowsliceError, OutOfRange, ReadOnly, RequestError
 from cowslice.format.bitmaps import Bitmap
 from cowslice.format.first_cluster import FirstCluster
 from cowslice.format.geometry import Geometry
@@ -33,6 +33,8 @@ from cowslice.image.qcow2 import Qcow2Layer
 from cowslice.image.reading import read_piece
 from cowslice.image.snapshots import load_snapshots
 from cowslice.image.upkeep import Upkeep
+from cowslice.image.writable import open_writes
+from cowslice.image.writes import Writes, is_zero
 from cowslice.storage.base import Storage
 
 if TYPE_CHECKING:
@@ -60,10 +62,11 @@ class Image:
         self.size: int = self.layers[0].size
         self._lease = Lease(self.path)
         self._fast = None if options.metadata_only else _fast_path(self.layers)
+        self._writes = open_writes(chain, options, self._fast) if options.writable else None
         self._upkeep = Upkeep((chain.cache, chain.decompressed), chain.slice_maps, warm=self._warms(),
                               interval=options.cache_clean_interval)
         # Also when nobody closes: an image that is forgotten must not leave its thread and its files behind.
-        self._release = weakref.finalize(self, _give_back, self._upkeep, chain.stack)
+        self._release = weakref.finalize(self, _give_back, self._upkeep, self._writes, chain.stack)
 
     @property
     def path(self) -> str:
@@ -115,6 +118,11 @@ class Image:
     def fast_path(self) -> FastPath | None:
         """The compiled path over the same layers, for compiled callers; None when opened for metadata only."""
         return self._fast
+
+    @property
+    def writable(self) -> bool:
+        """Whether the image was opened with mode "r+"."""
+        return self._writes is not None
 
     @property
     def closed(self) -> bool:
@@ -181,6 +189,79 @@ class Image:
             for _ in pool.map(complete, undone):
                 pass
 
+    def write(self, offset: int, data: ReadableBuffer) -> None:
+        """Write all of `data`, any contiguous buffer of bytes, at `offset`. Stable after the next `flush`.
+
+        Threads may write at once; where their spans overlap either one may win. Raises ReadOnly, OutOfRange, Closed,
+        CorruptImage, NoSpace or StorageError; then bytes of the span are old or new, and no others have changed.
+        """
+        writes, view = self._for_writing(), memoryview(data).cast("B")
+        if self._options.detect_zeroes != "off" and is_zero(view):
+            self.zero(offset, len(view), keep=self._options.detect_zeroes == "on")
+            return
+        assert self._fast is not None
+        done = self._fast.write_from(offset, view)
+        if done < len(view):
+            with self._lease, writes.request():
+                writes.write(offset + done, view[done:])
+
+    def write_many(self, offsets: ReadableBuffer | Iterable[int], length: int, data: ReadableBuffer, *,
+                   depth: int = 1) -> None:
+        """Write `length` bytes of `data` at each of `offsets`, one after another in their order.
+
+        Arguments are as those of read_many; with `depth` above 1 the order of overlapping writes is not kept.
+        Raises as write and read_many.
+        """
+        writes, chosen, view = self._for_writing(), _offsets(offsets), memoryview(data).cast("B")
+        if length < 0 or len(chosen) * length != len(view):
+            raise BadOption(f"data has {len(view)} bytes, expected {len(chosen)} writes of {length} bytes")
+        if depth < 1:
+            raise BadOption(f"depth is {depth}, expected at least 1")
+        assert self._fast is not None
+        for number in self._fast.write_many(chosen, length, view, depth) if length else ():
+            with self._lease, writes.request():
+                writes.write(chosen[number], view[number * length : (number + 1) * length])
+
+    def write_compressed(self, offset: int, data: ReadableBuffer) -> None:
+        """Write whole clusters compressed; the last one may be cut by the end of the disk.
+
+        Raises as write, BadOption for parts of clusters, UnsupportedImage where the image cannot hold them.
+        """
+        writes, view = self._for_writing(), memoryview(data).cast("B")
+        self._check_span(offset, len(view))
+        with self._lease, writes.request():
+            writes.write_compressed(offset, view)
+
+    def zero(self, offset: int, length: int, *, keep: bool = False) -> None:
+        """Make the span read as zeros, without writing them where the format can say so.
+
+        `keep` holds on to the space, so that writing there later needs no allocation. Raises as write.
+        """
+        writes = self._for_writing()
+        self._check_span(offset, length)
+        with self._lease, writes.request():
+            writes.zero(offset, length, keep=keep)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Forget the whole clusters of the span: they read as zeros, and their space can be used again.
+
+        Parts of clusters stay as they are. Does nothing when the image was opened with discard "ignore".
+        """
+        writes = self._for_writing()
+        self._check_span(offset, length)
+        if self._options.discard == "unmap":
+            with self._lease, writes.request():
+                writes.discard(offset, length)
+
+    def flush(self) -> None:
+        """Return when every write that ended before the call is stable, also should the machine stop. Raises StorageError.
+
+        After a failed flush the image takes no more writes until it is opened again.
+        """
+        if self._writes is not None:
+            with self._lease:
+                self._writes.flush()
+
     def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
         """Yield what the span is made of, in order, neighbours that continue each other as one; to the end by default.
 
@@ -199,11 +280,18 @@ class Image:
         return self._upkeep.wait_warm(timeout)
 
     def close(self) -> None:
-        """Finish the requests under way, then give everything back. It may be called twice and by any thread."""
+        """Finish the requests under way, flush, then give everything back. It may be called twice and by any thread.
+
+        Raises StorageError where the flush fails; the files are closed all the same.
+        """
         if self._fast is not None:
             self._fast.close()
         self._lease.end()
-        self._release()
+        try:
+            if self._release.alive and self._writes is not None:
+                self._writes.finish()
+        finally:
+            self._release()
 
     def __enter__(self) -> Self:
         return self
@@ -233,10 +321,19 @@ class Image:
         """Provide by the plain path what the compiled one left, piece by piece; it goes on after each."""
         assert self._fast is not None
         while done < len(view):
-            with self._lease:
+            with self._lease, self._in_flight():
                 done += read_piece(self.layers, offset + done, view[done:])
             if done < len(view):
                 done = self._fast.read_into(offset, view, done)
+
+    def _in_flight(self) -> AbstractContextManager[object]:
+        """Tell writers that a request is inside: what it looks at is not used again before it has left."""
+        return nullcontext() if self._writes is None else self._writes.request()
+
+    def _for_writing(self) -> Writes:
+        if self._writes is None:
+            raise ReadOnly(f"cannot write to '{self.path}': it was opened for reading only")
+        return self._writes
 
     def _refusal(self, offset: int) -> RequestError:
         if not 0 <= offset <= self.size:
@@ -259,7 +356,7 @@ class Image:
 
 
 def open_image(source: Source, mode: str = "r", **options: Unpack[OpenKeywords]) -> Image:
-    """Open a qcow2 or raw image by path, URL or storage, read-only.
+    """Open a qcow2 or raw image by path, URL or storage: `mode` "r" for reading, "r+" for writing too.
 
     format: "qcow2" or "raw"; by default a file must have qcow2's magic. Never trust a default for a disk that a guest
         may write raw: it can imitate any header.
@@ -275,24 +372,32 @@ def open_image(source: Source, mode: str = "r", **options: Unpack[OpenKeywords])
     snapshot: id or name of the internal snapshot to show. secret: passphrase of an encrypted image, or a function that
         gives it for a file's name; max_key_rounds bounds what its key slots may make us compute.
     metadata_only: open neither backing nor data file nor key; only maps can be read.
+    discard: "unmap" gives the space of discarded clusters back, "ignore" makes `discard` do nothing.
+        discard_no_unref: a discarded cluster stays with its guest cluster. detect_zeroes: "on" and "unmap" look for
+        zeros in what is written, and keep or free their space.
     max_depth: most layers in a chain. on_warning: called with a sentence about what is odd.
 
     Raises BadOption, NotAnImage, MalformedImage, UnsupportedImage, CorruptImage, ReferenceRefused, CryptoError,
     StorageError. A storage that is passed in stays open when the image is closed.
     """
-    if mode != "r":
-        raise BadOption(f"mode is '{mode}', expected 'r': this version reads images and does not write them")
-    unknown = options.keys() - OpenOptions.__dataclass_fields__.keys()
+    if mode not in ("r", "r+"):
+        raise BadOption(f"mode is '{mode}', expected 'r' or 'r+'")
+    unknown = options.keys() - OpenKeywords.__annotations__.keys()
     if unknown:
-        known = ", ".join(OpenOptions.__dataclass_fields__)
+        known = ", ".join(OpenKeywords.__annotations__)
         raise BadOption(f"unknown option {', '.join(sorted(unknown))}, expected one of {known}")
-    return Image(source, OpenOptions(**options))
+    return Image(source, OpenOptions(**options, writable=mode == "r+"))
 
 
-def _give_back(upkeep: Upkeep, files: ExitStack) -> None:
-    """End the thread before the files that it reads are closed."""
+def _give_back(upkeep: Upkeep, writes: Writes | None, files: ExitStack) -> None:
+    """End the thread before the files that it reads are closed. What a forgotten image has written is kept, if it can."""
     upkeep.end()
-    files.close()
+    try:
+        if writes is not None:
+            with suppress(CowsliceError):
+                writes.finish()
+    finally:
+        files.close()
 
 
 def _fast_path(layers: Iterable[Layer]) -> FastPath:

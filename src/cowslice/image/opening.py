@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from cowslice.errors import BadOption, CowsliceError, CryptoError, ImageError, NotAnImage
+from cowslice.errors import BadOption, CowsliceError, CryptoError, ImageError, NotAnImage, ReadOnly
 from cowslice.format.findings import escaped
 from cowslice.format.first_cluster import PREFIX_LENGTH, FirstCluster, decode_first_cluster, first_cluster_length
 from cowslice.format.header import MAGIC
@@ -20,6 +20,7 @@ from cowslice.image.gate import shown
 from cowslice.image.options import OpenOptions, Source
 from cowslice.image.snapshots import find_snapshot, load_snapshot_l1, load_snapshots, read_l1
 from cowslice.storage.base import Storage
+from cowslice.storage.file import Locking
 from cowslice.storage.locate import locate
 
 
@@ -51,12 +52,18 @@ class OpenedFile:
     l1_offset: int
 
 
-def open_place(source: Source, options: OpenOptions, stack: ExitStack) -> Place:
-    """Open a path, URL or storage for reading; what is opened here is closed by `stack`, a given storage is not."""
+def open_place(source: Source, options: OpenOptions, stack: ExitStack, *, writable: bool = False) -> Place:
+    """Open a path, URL or storage; what is opened here is closed by `stack`, a given storage is not.
+
+    Raises ReadOnly where `writable` is asked of something that can only be read.
+    """
     if isinstance(source, Storage):
+        if writable and not source.writable:
+            raise ReadOnly(f"cannot write to '{source.name}': it was opened for reading only")
         return Place(source, "")
     path = os.fspath(source)
-    storage = locate(path, direct=options.direct, locking="force-share" if options.force_share else True)
+    locking: Locking = "force-share" if options.force_share and not writable else True
+    storage = locate(path, "r+" if writable else "r", direct=options.direct, locking=locking)
     stack.callback(storage.close)
     return Place(storage, path)
 

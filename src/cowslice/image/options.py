@@ -17,13 +17,16 @@ from cowslice.format.geometry import Geometry
 from cowslice.image.compressed import DEFAULT_BUDGET
 from cowslice.image.gate import FolderGate, Gate
 from cowslice.storage.base import Storage
-from cowslice.units import parse_size
+from cowslice.units import KiB, parse_size
 
 Source = str | os.PathLike[str] | Storage
 Secret = str | bytes | Callable[[str], str | bytes | None]
+DEFAULT_REFCOUNT_CACHE = 256 * KiB
 MAX_DEPTH = 256  # each layer costs a descriptor and an L1 table of up to 32 MiB; usual limits allow 1024 descriptors
 POLICIES = ("clock2q+", "lru")
 WARMUPS = ("auto", "off", "full")
+DISCARDS = ("ignore", "unmap")
+DETECT_ZEROES = ("off", "on", "unmap")
 
 
 class Named(Enum):
@@ -60,6 +63,9 @@ class OpenKeywords(TypedDict, total=False):
     metadata_only: bool
     max_depth: int
     on_warning: Callable[[str], None] | None
+    discard: str
+    discard_no_unref: bool
+    detect_zeroes: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,12 +94,19 @@ class OpenOptions:
     metadata_only: bool = False
     max_depth: int = MAX_DEPTH
     on_warning: Callable[[str], None] | None = None
+    discard: str = "unmap"
+    discard_no_unref: bool = False
+    detect_zeroes: str = "off"
+    writable: bool = False
 
     def __post_init__(self) -> None:
         _one_of("format", self.format, (None, "qcow2", "raw"))
         _one_of("backing_format", self.backing_format, (None, "qcow2", "raw"))
         _one_of("warmup", self.warmup, WARMUPS)
         _one_of("policy", self.policy, POLICIES)
+        _one_of("discard", self.discard, DISCARDS)
+        _one_of("detect_zeroes", self.detect_zeroes, DETECT_ZEROES)
+        self._check_writable()
         if self.backing_format and (self.backing is None or self.backing is NAMED):
             raise BadOption(f"backing_format is '{self.backing_format}', expected it only beside a backing file that "
                             "you name")
@@ -102,6 +115,15 @@ class OpenOptions:
         if self.max_key_rounds is not None:
             _whole("max_key_rounds", self.max_key_rounds, 1, 1 << 62)
 
+    def _check_writable(self) -> None:
+        """What makes no sense together with writing."""
+        if not self.writable:
+            return
+        for name, given in (("snapshot", self.snapshot is not None), ("force_share", self.force_share),
+                            ("metadata_only", self.metadata_only), ("backing", self.backing is None)):
+            if given:
+                raise BadOption(f"{name} is given, expected it only with mode 'r'")
+
 
 @dataclass(frozen=True, slots=True)
 class ChainCache:
@@ -109,6 +131,7 @@ class ChainCache:
 
     budget: int
     entry_bytes: tuple[int, ...]
+    refcounts: int = DEFAULT_REFCOUNT_CACHE
 
 
 def plan_chain_cache(disks: Sequence[tuple[int, Geometry]], options: OpenOptions) -> ChainCache:
@@ -128,7 +151,8 @@ def plan_chain_cache(disks: Sequence[tuple[int, Geometry]], options: OpenOptions
     given = options.l2_cache_entry_size
     most = parse_size(given, "l2-cache-entry-size") if given is not None else None
     unit = most or (PARTIAL_ENTRY_SIZE if not covers else max(geometry.cluster_size for _, geometry in disks))
-    return ChainCache(budget, tuple(min(unit, geometry.cluster_size) for _, geometry in disks))
+    units = tuple(min(unit, geometry.cluster_size) for _, geometry in disks)
+    return ChainCache(budget, units, top.refcount_cache_size)
 
 
 def _budget(options: OpenOptions, refcount_cache_size: int) -> int:

@@ -118,7 +118,20 @@ class Qcow2Layer(Layer):
         fast.add_qcow2(
             self.slices, size=self.size, data=self.data if self._has_data else None,
             cluster_bits=self.geometry.cluster_bits, extended_l2=self.geometry.extended_l2, version=self._version,
-            data_file=self._data_file, opaque=self._encrypted)
+            data_file=self._data_file, opaque=self._encrypted, inflated=self.compressed.inflated,
+            number=self.compressed.layer)
+
+    def adopt(self, first: FirstCluster) -> None:
+        """Take over a first cluster that is on disk now; only a writer changes it."""
+        self.first = first
+        self.header = first.header
+
+    def checked(self, entry: Entry, cluster: int) -> Entry:
+        """The entry, unless it belongs to another guest cluster of the data file. Raises CorruptImage."""
+        if self._data_file and entry.host_offset >= 0 and entry.host_offset != cluster << self._bits:
+            raise self._corrupt(f"L2 entry maps the cluster to {entry.host_offset:#x} of the data file, expected the "
+                                "same offset as in the guest", cluster)
+        return entry
 
     def entry_place(self, cluster: int) -> int:
         """Host offset of the L2 entry of a guest cluster, or -1 when it has no L2 table."""

@@ -1,0 +1,232 @@
+"""Making metadata stable with two barriers, one commit for all who wait.
+
+It does not know what was written, only what is dirty. The invariants that this file owns (docs/invariants.md):
+  I1  an L2 entry reaches the disk only after the refcount that owns its cluster is stable (or the dirty bit is).
+  I2  an L2 entry exposes only bytes that are stable.
+  I3  a refcount falls on disk only after the last reference is gone from disk.
+  I4  a table is complete and stable before anything points at it.
+  I8  the dirty bit is stable before the first lazily counted write, and off only after the counts are stable.
+  I9  after a failed sync the image takes no more writes until it is reopened.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cowslice.errors import CowsliceError, StorageError
+from cowslice.format.header import Compatible, Incompatible
+from cowslice.image.headerswitch import switch_header
+from cowslice.image.tables import Drop, Tables
+
+if TYPE_CHECKING:
+    from cowslice.image.refcounts import RefcountStage
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Copies of all that was dirty at one moment; offsets are host bytes."""
+
+    counts: RefcountStage
+    slices: list[tuple[int, bytes, object]]
+    l1: list[tuple[int, bytes]]
+    l1_words: dict[int, int]
+    drops: list[Drop]
+
+    @property
+    def points(self) -> bool:
+        """Whether something on disk will point at other clusters than before."""
+        return bool(self.slices or self.l1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Freed:
+    """Clusters without a reference, that requests which began before `stamp` may still be using."""
+
+    stamp: int
+    runs: list[Drop]
+
+
+class Commits:
+    """The commits of one image. `flush` may be called by many threads at once; each commit serves all who wait."""
+
+    def __init__(self, tables: Tables) -> None:
+        self.tables = tables
+        self.fault: CowsliceError | None = None
+        self._turn = threading.Condition()
+        self._begun = 0
+        self._done = 0
+        self._running = False
+        self._failed: dict[int, BaseException] = {}
+        self._freed: deque[_Freed] = deque()
+
+    def check(self) -> None:
+        """Raise what forbids writing: a sync that failed before (I9), or corruption that was found."""
+        if self.fault is not None:
+            raise type(self.fault)(*self.fault.args) from self.fault
+
+    def flush(self) -> None:
+        """Return when all that was written before the call is stable. Raises StorageError."""
+        with self._turn:
+            mine = self._begun + 1
+            while self._running and self._done < mine:
+                self._turn.wait()
+            if self._done >= mine:
+                return self._tell(mine)
+            self._running = True
+            self._begun = mine
+        self._lead(mine)
+
+    def _lead(self, number: int) -> None:
+        """Do the commit for everybody who came before it began."""
+        failure: BaseException | None = None
+        try:
+            self._commit()
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            with self._turn:
+                self._failed.clear()
+                if failure is not None:
+                    self._failed[number] = failure
+                self._done = number
+                self._running = False
+                self._turn.notify_all()
+
+    def _tell(self, number: int) -> None:
+        failure = self._failed.get(number)
+        if isinstance(failure, CowsliceError):
+            raise type(failure)(*failure.args) from failure
+        if failure is not None:
+            raise StorageError("the commit that would have covered this flush was interrupted")
+
+    def _commit(self) -> None:
+        self.check()
+        with self.tables.lock:
+            stage = self._stage()
+        try:
+            self._write(stage)
+        except BaseException:
+            with self.tables.lock:
+                self.tables.drops[:0] = stage.drops
+            raise
+        with self.tables.lock:
+            self._settle(stage)
+
+    def _stage(self) -> Stage:
+        tables = self.tables
+        lazy = self.lazy
+        l1 = tables.l1_writes()
+        words = {index: tables.l1[index] for index in tables.changed_l1}
+        drops, tables.drops = tables.drops, []
+        return Stage(tables.refcounts.stage(counts=not lazy), tables.slices.take_dirty(), l1, words, drops)
+
+    def _write(self, stage: Stage) -> None:
+        """The order is the whole point: nothing is written before what it relies on is stable."""
+        storage = self.tables.layer.storage
+        if stage.points and self.lazy:
+            self.set_dirty()                                             # I8
+        self._grow_counts(stage.counts)                                  # I4, I5
+        for offset, content in stage.counts.blocks:
+            storage.pwrite(offset, content)
+        self.sync()                                                      # barrier 1: I1, I2, I4
+        if not stage.points:
+            return
+        for offset, content, _ in stage.slices:
+            storage.pwrite(offset, content)
+        for offset, content in stage.l1:
+            storage.pwrite(offset, content)
+        self.sync()                                                      # barrier 2: now I3 lets counts fall
+
+    def _grow_counts(self, counts: RefcountStage) -> None:
+        """New refcount blocks, then what points at them."""
+        storage = self.tables.layer.storage
+        if not counts.new_blocks and counts.new_table is None:
+            return
+        for offset, content in counts.new_blocks:
+            storage.pwrite(offset, content)
+        if counts.new_table is not None:
+            storage.pwrite(counts.new_table.offset, counts.new_table.content)
+        self.sync()
+        for offset, content in counts.table_writes:
+            storage.pwrite(offset, content)
+        if counts.new_table is not None:
+            self._guarded(lambda: switch_header(
+                self.tables.layer, refcount_table_offset=counts.new_table.offset,
+                refcount_table_clusters=counts.new_table.clusters))
+
+    def _settle(self, stage: Stage) -> None:
+        """All of the stage is stable: what it dropped may fall, and what is drained may be used again."""
+        tables = self.tables
+        for drop in tables.refcounts.settle(stage.counts):
+            tables.drops.append(Drop(drop[0], drop[1], punch=False))
+        tables.slices.clean([token for _, _, token in stage.slices])
+        tables.changed_l1 -= {index for index, word in stage.l1_words.items() if tables.l1[index] == word}
+        freed = [
+            Drop(start, count, drop.punch)
+            for drop in stage.drops for start, count in tables.allocator.lower([(drop.start, drop.count)])]
+        if freed:
+            self._freed.append(_Freed(tables.passage.stamp(), freed))
+        self.release()
+
+    def release(self) -> None:
+        """Let clusters be used again that no request can know any more. The tables' lock is held."""
+        tables = self.tables
+        while self._freed and tables.passage.passed(self._freed[0].stamp):
+            for drop in self._freed.popleft().runs:
+                if drop.punch:
+                    bits = tables.layer.geometry.cluster_bits
+                    tables.layer.storage.discard(drop.start << bits, drop.count << bits)
+                tables.allocator.free([(drop.start, drop.count)])
+
+    @property
+    def lazy(self) -> bool:
+        """Whether counts are written late: the image asks for it, so they are true on disk only when it is closed."""
+        header = self.tables.layer.first.header
+        return bool(header.compatible & Compatible.LAZY_REFCOUNTS)
+
+    def set_dirty(self) -> None:
+        """Say on disk, stably, that counts may be stale (I8)."""
+        header = self.tables.layer.first.header
+        if not header.is_dirty:
+            self._guarded(lambda: switch_header(self.tables.layer, incompatible=header.incompatible | Incompatible.DIRTY))
+
+    def finish(self) -> None:
+        """Commit what is left, counts that fall and lazy ones too, and take the dirty bit off. The last call."""
+        self.flush()
+        with self.tables.lock:
+            self.release()
+            stage = self.tables.refcounts.stage(counts=True)
+        if stage.new_blocks or stage.new_table or stage.blocks or stage.table_writes:
+            self._grow_counts(stage)
+            for offset, content in stage.blocks:
+                self.tables.layer.storage.pwrite(offset, content)
+            self.sync()
+            with self.tables.lock:
+                self.tables.refcounts.settle(stage)
+        header = self.tables.layer.first.header
+        if header.is_dirty:
+            self._guarded(lambda: switch_header(self.tables.layer, incompatible=header.incompatible & ~Incompatible.DIRTY))
+
+    def sync(self) -> None:
+        """One barrier over the file and its data file. A failure poisons the image (I9)."""
+        self._guarded(self._sync_all)
+
+    def _sync_all(self) -> None:
+        layer = self.tables.layer
+        if layer.data is not layer.storage:
+            layer.data.sync()
+        layer.storage.sync()
+
+    def _guarded(self, act: Callable[[], None]) -> None:
+        """What was written before a failed sync may be lost although later syncs succeed: never write again."""
+        self.check()
+        try:
+            act()
+        except CowsliceError as error:
+            self.fault = StorageError(f"'{self.tables.layer.name}' takes no more writes until it is opened again: {error}")
+            raise

@@ -1,0 +1,117 @@
+"""What an open image does with a write: one contract for qcow2 and raw, behind Image.
+
+It does not know threads' requests in flight (Image counts them) nor the compiled path, which has taken what it could.
+Spans lie inside the disk; buffers are views of bytes, used until the call returns.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+
+from cowslice.errors import UnsupportedImage
+from cowslice.image.compressing import Compressing
+from cowslice.image.layer import Layer
+from cowslice.image.passage import Passage
+from cowslice.image.writing import Writer
+from cowslice.image.zeroing import DiscardRules, Zeroing
+from cowslice.storage.base import Storage
+
+
+class Writes(ABC):
+    """The changing half of an image. Each request but `flush` and `finish` is made inside `with request():`."""
+
+    @abstractmethod
+    def request(self) -> AbstractContextManager[object]:
+        """Count one request as in flight for the block."""
+
+    @abstractmethod
+    def write(self, offset: int, view: memoryview) -> None:
+        """Write all of `view` at guest byte `offset`."""
+
+    @abstractmethod
+    def write_compressed(self, offset: int, view: memoryview) -> None:
+        """Write whole clusters compressed. Raises UnsupportedImage where the format cannot."""
+
+    @abstractmethod
+    def zero(self, offset: int, length: int, *, keep: bool) -> None:
+        """Make the span read as zeros; with `keep` its space stays allocated."""
+
+    @abstractmethod
+    def discard(self, offset: int, length: int) -> None:
+        """Forget the span where that gives space back."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Make all earlier writes stable."""
+
+    def finish(self) -> None:
+        """Flush, and leave the file as a clean one. The last call; another one does nothing."""
+        self.flush()
+
+
+class Qcow2Writes(Writes):
+    """Writes to a qcow2 image."""
+
+    def __init__(self, writer: Writer, rules: DiscardRules) -> None:
+        self.writer = writer
+        self.zeroing = Zeroing(writer, rules)
+        self.compressing = Compressing(writer)
+        self._finished = False
+
+    def request(self) -> AbstractContextManager[object]:
+        return self.writer.tables.passage
+
+    def write(self, offset: int, view: memoryview) -> None:
+        self.writer.write(offset, view)
+
+    def write_compressed(self, offset: int, view: memoryview) -> None:
+        self.compressing.write(offset, view)
+
+    def zero(self, offset: int, length: int, *, keep: bool) -> None:
+        self.zeroing.zero(offset, length, keep=keep)
+
+    def discard(self, offset: int, length: int) -> None:
+        self.zeroing.discard(offset, length)
+
+    def flush(self) -> None:
+        self.writer.commits.flush()
+
+    def finish(self) -> None:
+        if not self._finished:
+            self._finished = True
+            self.writer.commits.finish()
+
+
+class RawWrites(Writes):
+    """Writes to a raw file, whose size stays as it is."""
+
+    def __init__(self, layer: Layer, passage: Passage) -> None:
+        self.storage: Storage = layer.storage
+        self._name = layer.name
+        self._passage = passage
+
+    def request(self) -> AbstractContextManager[object]:
+        return self._passage
+
+    def write(self, offset: int, view: memoryview) -> None:
+        self.storage.pwrite(offset, view)
+
+    def write_compressed(self, offset: int, view: memoryview) -> None:
+        raise UnsupportedImage(f"'{self._name}' is raw, expected a qcow2 image for compressed writes",
+                               features=("compressed cluster in a raw file",))
+
+    def zero(self, offset: int, length: int, *, keep: bool) -> None:
+        self.storage.zero(offset, length)
+
+    def discard(self, offset: int, length: int) -> None:
+        self.storage.discard(offset, length)
+
+    def flush(self) -> None:
+        self.storage.sync()
+
+
+def is_zero(view: memoryview, zeros: bytes = bytes(65536)) -> bool:
+    """Whether all bytes are zero."""
+    return all(view[at : at + len(zeros)] == zeros[: min(len(zeros), len(view) - at)]
+               for at in range(0, len(view), len(zeros)))
