@@ -1,7 +1,7 @@
 """cowslice: the qcow2 engine for Python.
 
-The public door. `open` gives an Image, `serve` gives images to NBD clients; everything else here is what an Image
-takes, gives or raises.
+The public door. `create` makes an image, `open` gives an Image, `serve` gives images to NBD clients; everything else
+here is what these take, give or raise.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         StorageError,
         UnsupportedImage,
     )
+    from cowslice.image.creation import create
     from cowslice.image.gate import Deny, DenyGate, FolderGate, Gate, Permit, PermitGate, Reference, Role
     from cowslice.image.image import Image
     from cowslice.image.image import open_image as open
@@ -71,12 +72,14 @@ __all__ = [
     "ShortRead",
     "StorageError",
     "UnsupportedImage",
+    "create",
     "open",
     "serve",
 ]
 
 _HOMES = {
     "Image": "cowslice.image.image",
+    "create": "cowslice.image.creation",
     "Extent": "cowslice.image.mapping",
     **dict.fromkeys(("DenyGate", "Deny", "FolderGate", "Gate", "Permit", "PermitGate", "Reference", "Role"),
                     "cowslice.image.gate"),

@@ -16,7 +16,7 @@ SURFACE = {
         BadOption Closed CorruptImage CowsliceError CryptoError Deny DenyGate Extent FolderGate Gate Image ImageError
         InternalError LocalProtocolError Locked MalformedImage NoSpace NotAnImage OutOfRange Permit PermitGate
         ProtocolError ReadOnly Reference ReferenceRefused RemoteProtocolError RequestError Role ShortRead StorageError
-        UnsupportedImage open serve
+        UnsupportedImage create open serve
     """,
     "cowslice.nbd": """
         Aborted Accepted BadRequest BlockSizes ClientHandshake ClientTransmission Completed Context ContextsListed Data

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import signal
 import sys
 from contextlib import ExitStack
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
 
 from cowslice.cli import exitcodes
 from cowslice.cli.images import open_image
-from cowslice.cli.options import CACHE_MODES, Given, chain, common, image_format
+from cowslice.cli.options import CACHE_MODES, Given, chain, common, image_format, snapshot_name
 from cowslice.cli.output import warn
+from cowslice.cli.termination import Terminated, ending_on_sigterm
 from cowslice.errors import BadOption, UnsupportedImage
 from cowslice.units import parse_size
 
@@ -33,10 +32,6 @@ Examples:
 \b
 A new target appears under its name only when it is complete; Ctrl-C leaves nothing behind.
 Exit status: 0 done, 1 failed, 64 usage, 130 interrupted."""
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived: unwind as for Ctrl-C, so that nothing half done is left."""
 
 
 @click.command("convert", epilog=EPILOG)
@@ -76,12 +71,11 @@ def command(
     given = Given(format_name=format_name, image_opts=image_opts, objects=objects, force_share=force_share,
                   allowed=allowed, allow_any=allow_any, direct=source_cache in ("none", "directsync"))
     _share_one_arena()
-    signal.signal(signal.SIGTERM, _terminate)
     try:
-        with ExitStack() as stack:
+        with ending_on_sigterm(), ExitStack() as stack:
             # Every cluster is read once: keeping decompressed ones would only cost memory and time.
             disks = [stack.enter_context(open_image(source, given, warmup="off", decompressed_cache_size=0,
-                                                    snapshot=_snapshot_name(snapshot)))
+                                                    snapshot=snapshot_name(snapshot)))
                      for source in sources]
             _convert(disks, target, options, existing=existing, is_zero=target_is_zero, sync=target_cache != "unsafe",
                      progress=progress and not quiet)
@@ -128,20 +122,6 @@ def _refuse(
         raise BadOption("-n wants a file or device to write into, not standard output")
     if target == "-" and sys.stdout.isatty():
         raise BadOption("standard output is a terminal, expected a pipe or a file")
-
-
-def _snapshot_name(text: str | None) -> str | None:
-    """The id or name: plain, or behind snapshot.id= or snapshot.name=."""
-    if text is None:
-        return None
-    for prefix in ("snapshot.id=", "snapshot.name="):
-        if text.startswith(prefix):
-            return text[len(prefix) :]
-    return text
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
 
 
 def _share_one_arena() -> None:

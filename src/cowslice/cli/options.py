@@ -87,6 +87,16 @@ class Named:
         return self.name
 
 
+def snapshot_name(text: str | None) -> str | None:
+    """What -l names: an id or name, plain or behind snapshot.id= or snapshot.name=."""
+    if text is None:
+        return None
+    for prefix in ("snapshot.id=", "snapshot.name="):
+        if text.startswith(prefix):
+            return text[len(prefix) :]
+    return text
+
+
 def parse_keyval(text: str, what: str) -> dict[str, str]:
     """'a=1,b=2' as a dictionary; ',,' is a comma inside a value. Raises BadOption that names `what`."""
     parsed: dict[str, str] = {}

@@ -15,11 +15,13 @@ from cowslice.errors import BadOption, CowsliceError
 
 # Word, and what it does: `--help` lists them without importing a verb.
 VERBS = {
+    "create": "Make a new, empty disk image.",
     "info": "Show what an image is, without opening anything it names.",
     "map": "Show where each part of the disk is stored.",
     "check": "Find leaks and corruption; changes nothing.",
     "compare": "Tell whether two disks have the same content.",
     "convert": "Copy a disk into a raw file, or to standard output.",
+    "measure": "Say how large an image would be.",
     "serve": "Give disks to NBD clients: virtual machines, nbdcopy, qemu-img.",
     "bench": "Measure how fast an image is read, beside QEMU.",
 }

@@ -28,7 +28,7 @@ def open_cipher(
     method = first.header.crypt_method
     if method == CryptMethod.NONE:
         return None
-    passphrase = _passphrase(secret, storage.name)
+    passphrase = passphrase_of(secret, storage.name)
     if method == CryptMethod.AES:
         from cowslice.codec.sectors import legacy_aes
 
@@ -36,7 +36,8 @@ def open_cipher(
     return _luks(storage, first, passphrase, max_rounds)
 
 
-def _passphrase(secret: Secret | None, name: str) -> bytes:
+def passphrase_of(secret: Secret | None, name: str) -> bytes:
+    """The bytes of a secret for the file of this name. Raises CryptoError when there is none."""
     given = secret(name) if callable(secret) else secret
     if given is None:
         raise CryptoError("it is encrypted and no secret was given, expected its passphrase", hint="Give it as secret.")

@@ -1,18 +1,17 @@
 """Where a raw copy goes: a new file that appears whole or not at all, an existing file or device, or a stream.
 
-It does not know what is copied. A new file is written under a temporary name beside its place and renamed when it is
-finished, so that a name never stands for half a disk.
+It does not know what is copied.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 from collections.abc import Iterable
 from types import TracebackType
 
 from cowslice.errors import BadOption, OutOfRange, StorageError
+from cowslice.storage.appearing import AppearingFile
 from cowslice.storage.file import FileStorage
 
 TYPE_CHECKING = False
@@ -22,76 +21,24 @@ if TYPE_CHECKING:
 _ZEROS = memoryview(bytes(1 << 20))
 
 
-class NewFile:
-    """A raw file of `size` bytes at `path`, there only when the block it is entered by ends without an exception.
-
-    An existing file keeps its mode and is replaced; links are followed. `sync`: make it stable before it appears.
-    Raises StorageError: Locked when another program has the old file open.
-    """
+class NewFile(AppearingFile):
+    """A raw file of `size` bytes at `path`, there only when the block it is entered by ends without an exception."""
 
     ordered = False
 
     def __init__(self, path: str, size: int, *, sync: bool = False) -> None:
-        self._path = os.path.realpath(path)
-        self._sync = sync
-        self._old = FileStorage(self._path, "r+") if os.path.exists(self._path) else None
-        folder, name = os.path.split(self._path)
-        self._temporary = os.path.join(folder, f".{name[:200]}.{os.getpid()}.part")
-        try:
-            self._storage = FileStorage(self._temporary, "x")
-        except BaseException:
-            self._close_old()
-            raise
-        try:
-            self._prepare(size)
-        except BaseException:
-            self._discard()
-            raise
+        self._size = size
+        super().__init__(path, sync=sync)
 
     def write(self, offset: int, data: memoryview) -> None:
-        self._storage.pwrite(offset, data)
+        self.storage.pwrite(offset, data)
 
     def zero(self, offset: int, length: int) -> None:
         """Nothing to do: the file was made of one hole."""
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self._discard()
-            return
-        try:
-            if self._sync:
-                self._storage.sync()
-            os.replace(self._temporary, self._path)
-        except OSError as failure:
-            self._discard()
-            if isinstance(failure, StorageError):
-                raise
-            raise StorageError.of(failure, "create", self._path) from failure
-        except BaseException:
-            self._discard()
-            raise
-        self._storage.close()
-        self._close_old()
-
-    def _prepare(self, size: int) -> None:
-        if self._old is not None:
-            os.fchmod(self._storage.fileno(), stat.S_IMODE(os.fstat(self._old.fileno()).st_mode))
-        self._storage.truncate(size)
-
-    def _discard(self) -> None:
-        self._storage.close()
-        self._close_old()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._temporary)
-
-    def _close_old(self) -> None:
-        if self._old is not None:
-            self._old.close()
+    def _prepare(self) -> None:
+        super()._prepare()
+        self.storage.truncate(self._size)
 
 
 class ExistingFile:

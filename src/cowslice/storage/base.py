@@ -67,6 +67,13 @@ class Storage(ABC):
         for at in range(offset, offset + length, len(_ZEROS)):
             self.pwrite(at, memoryview(_ZEROS)[: min(len(_ZEROS), offset + length - at)])
 
+    def allocate(self, offset: int, length: int) -> None:
+        """Take space for the span, so that writing there needs none later: content stays, what is added is zeros."""
+        check_span(offset, length)
+        has = self.length()
+        if offset + length > has:
+            Storage.zero(self, max(offset, has), offset + length - max(offset, has))
+
     def discard(self, offset: int, length: int) -> None:
         """Give the space of the span back where possible: its content is then unknown, the length stays."""
         if not self.writable:

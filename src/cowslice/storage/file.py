@@ -147,6 +147,17 @@ class FileStorage(Storage):
         if length and not self._zeroed_by_kernel(offset, length):
             super().zero(offset, length)
 
+    def allocate(self, offset: int, length: int) -> None:
+        self._check_writable("write to")
+        check_span(offset, length)
+        if self._device:
+            super().allocate(offset, length)
+        elif length:
+            try:
+                os.posix_fallocate(self._fd, offset, length)
+            except OSError as error:
+                raise self._fault(error, "take space for") from error
+
     def discard(self, offset: int, length: int) -> None:
         self._check_writable("discard from")
         check_span(offset, length)

@@ -48,6 +48,9 @@ class WrappedStorage(Storage):
     def zero(self, offset: int, length: int) -> None:
         self.inner.zero(offset, length)
 
+    def allocate(self, offset: int, length: int) -> None:
+        self.inner.allocate(offset, length)
+
     def discard(self, offset: int, length: int) -> None:
         self.inner.discard(offset, length)
 
@@ -107,6 +110,10 @@ class WindowStorage(WrappedStorage):
         self._check_inside(offset, length)
         self.inner.zero(self._offset + offset, length)
 
+    def allocate(self, offset: int, length: int) -> None:
+        self._check_inside(offset, length)
+        self.inner.allocate(self._offset + offset, length)
+
     def discard(self, offset: int, length: int) -> None:
         check_span(offset, length)
         inside = max(min(length, self.length() - offset), 0)
@@ -154,6 +161,10 @@ class LimitedStorage(WrappedStorage):
     def zero(self, offset: int, length: int) -> None:
         self._check_limit(offset, length)
         self.inner.zero(offset, length)
+
+    def allocate(self, offset: int, length: int) -> None:
+        self._check_limit(offset, length)
+        self.inner.allocate(offset, length)
 
     def _check_limit(self, offset: int, length: int) -> None:
         check_span(offset, length)

@@ -206,6 +206,7 @@ class ReadOnlyStorageContract(StorageContract):
             lambda: storage.pwrite(0, b"x"),
             lambda: storage.truncate(5),
             lambda: storage.zero(0, 5),
+            lambda: storage.allocate(_LENGTH, 5),
             lambda: storage.discard(0, 5),
         ]
         for change in changes:
@@ -221,6 +222,7 @@ _noise = random.Random(3).randbytes(70_000)
 _changes = st.one_of(
     st.tuples(st.just("pwrite"), _offsets, st.sampled_from([0, 1, 300, 512, 4096, 5000, 8192, 70_000])),
     st.tuples(st.just("zero"), _offsets, _lengths),
+    st.tuples(st.just("allocate"), _offsets, _lengths),
     st.tuples(st.just("truncate"), _offsets, st.just(0)),
     st.tuples(st.just("sync"), st.just(0), st.just(0)),
 )
@@ -333,6 +335,9 @@ def _change(storage: Storage, model: bytearray, kind: str, offset: int, length: 
         data = _noise[:length] if kind == "pwrite" else bytes(length)
         if length and offset + length > len(model):
             model.extend(bytes(offset + length - len(model)))
+        if kind == "allocate":
+            storage.allocate(offset, length)
+            return
         model[offset : offset + length] = data
         if kind == "pwrite":
             storage.pwrite(offset, data)
