@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cowslice.cache.packing import PackedSlice
 from cowslice.errors import BadOption
 from cowslice.format.entries import L1_OFFSET_MASK
 from cowslice.format.geometry import Geometry
@@ -20,7 +19,8 @@ from cowslice.image.image import Image
 from cowslice.image.qcow2 import Qcow2Layer
 from cowslice.tune.curve import Columns, misses_of, touched_spans
 from cowslice.tune.curvestack import Stack
-from cowslice.units import div_ceil, round_up
+from cowslice.tune.simulatereplay import directory_bytes, weigh
+from cowslice.units import div_ceil
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -129,16 +129,10 @@ def packed_map(image: Image, *, entry_bytes: int = SLICE_BYTES) -> PackedMap:
         if not table:
             continue
         layer.storage.read_into(table, memoryview(buffer))
-        first = number * per_table
-        for at in range(first, min(first + per_table, slices)):
-            raw = buffer[(at - first) * slice_bytes : (at - first + 1) * slice_bytes]
-            mapped[at] = True
-            sizes[at] = _charged(PackedSlice(raw, geometry.cluster_bits, geometry.extended_l2))
-    return PackedMap(geometry, image.size, entry_bytes, slice_bytes, sizes, mapped, 8 * slices)
-
-
-def _charged(packed: PackedSlice) -> int:
-    return round_up(packed.payload_bytes + 48, 16) if packed.payload_bytes > 8 else 0
+        mine = slice(number * per_table, (number + 1) * per_table)  # the last table may reach beyond the disk
+        mapped[mine] = True
+        weigh(buffer, slice_bytes, geometry.cluster_bits, geometry.extended_l2, sizes[mine])
+    return PackedMap(geometry, image.size, entry_bytes, slice_bytes, sizes, mapped, directory_bytes(slices))
 
 
 def packed_curve(requests: Iterable[Columns], packed: PackedMap) -> PackedCurve:

@@ -5,18 +5,18 @@ It does not know what a miss costs. One pass serves any number of settings.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from cowslice.cache.policy import Rehearsal
 from cowslice.cache.sizes import MIN_L2_ENTRIES
 from cowslice.format.geometry import Geometry
 from cowslice.tune.curve import Columns, touched_spans
 from cowslice.tune.curvepacked import PackedMap
+from cowslice.tune.simulatereplay import MapReplay, QemuReplay, Replay
+from cowslice.units import div_ceil
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -87,44 +87,28 @@ def simulate(
 
     Caches begin empty. Raises OutOfRange for a request beyond the disk, and what the trace raises.
     """
-    replays = [_Replay(setting, geometry) for setting in settings]
+    replays = [_replay(setting, geometry, disk_size) for setting in settings]
+    missed: list[list[NDArray[np.uint16]]] = [[] for _ in settings]
     for chunk in requests:
-        spans = touched_spans(chunk, geometry, disk_size)
-        for replay in replays:
-            replay.add(*spans)
-    return [replay.finished() for replay in replays]
+        first, last, writes = touched_spans(chunk, geometry, disk_size)
+        for replay, found in zip(replays, missed, strict=True):
+            found.append(np.zeros(len(first), dtype=np.uint16))
+            replay.add(first, last, writes, found[-1])
+    return [_result(*each) for each in zip(settings, replays, missed, strict=True)]
 
 
-class _Replay:
-    def __init__(self, setting: Setting, geometry: Geometry) -> None:
-        self.setting = setting
-        self.missed: list[int] = []
-        self.counts = [[0, 0], [0, 0]]
-        if isinstance(setting, QemuSetting):
-            self.span = setting.entry_bytes // geometry.l2_entry_size << geometry.cluster_bits
-            self.held: OrderedDict[int, None] = OrderedDict()
-        else:
-            self.span = setting.packed.slice_span
-            self.policy = Rehearsal(setting.policy, setting.cache_bytes - setting.packed.directory_bytes)
+def _replay(setting: Setting, geometry: Geometry, disk_size: int) -> Replay:
+    if isinstance(setting, QemuSetting):
+        span = setting.entry_bytes // geometry.l2_entry_size << geometry.cluster_bits
+        return QemuReplay(span.bit_length() - 1, slices=div_ceil(disk_size, span), entries=setting.entries)
+    packed = setting.packed
+    return MapReplay(
+        packed.slice_span.bit_length() - 1, budget=setting.cache_bytes, policy=setting.policy, sizes=packed.sizes,
+        mapped=packed.mapped.view(np.uint8), entry_bytes=packed.entry_bytes,
+        group=packed.entry_bytes // packed.slice_bytes, per_table=geometry.cluster_size // packed.slice_bytes)
 
-    def add(self, first: NDArray[np.uint64], last: NDArray[np.uint64], writes: NDArray[np.uint8]) -> None:
-        for start, end, write in zip(first.tolist(), last.tolist(), writes.tolist(), strict=True):
-            found = [self._access(number) for number in range(start // self.span, end // self.span + 1)]
-            self.counts[write][0] += len(found)
-            self.counts[write][1] += found.count(False)
-            self.missed.append(min(found.count(False), 65535))
 
-    def _access(self, number: int) -> bool:
-        if isinstance(self.setting, MapSetting):
-            return self.policy.access(number, int(self.setting.packed.sizes[number]))
-        if number in self.held:
-            self.held.move_to_end(number)
-            return True
-        if len(self.held) == self.setting.entries:
-            self.held.popitem(last=False)
-        self.held[number] = None
-        return False
-
-    def finished(self) -> Replayed:
-        (reads, read_misses), (writes, write_misses) = self.counts
-        return Replayed(self.setting, reads, writes, read_misses, write_misses, np.array(self.missed, dtype=np.uint16))
+def _result(setting: Setting, replay: Replay, missed: Sequence[NDArray[np.uint16]]) -> Replayed:
+    reads, read_misses, writes, write_misses = replay.counts
+    every = np.concatenate(missed) if missed else np.zeros(0, dtype=np.uint16)
+    return Replayed(setting, reads, writes, read_misses, write_misses, every)
