@@ -64,20 +64,30 @@ def test_qemu_is_a_plain_lru_of_whole_entries_two_at_least(numbers, entries):
 @pytest.mark.parametrize("layout", ["random", "fragments", "sequential"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_ours_is_within_half_a_point_of_the_engines_own_counters(kind, layout, policy, tmp_path):
-    path = tmp_path / "disk.qcow2"
-    size = 8 * GiB
-    write_populated_image(path, size=size, layout=layout)
-    offsets, buffer = workload(kind, size // LENGTH, 20_000), bytearray(LENGTH)
+    write_populated_image(tmp_path / "disk.qcow2", size=8 * GiB, layout=layout)
     for budget in (64 * KiB, 160 * KiB):
-        with cowslice.open(path, l2_cache_size=budget, l2_cache_entry_size="4k", policy=policy, warmup="off") as disk:
-            packed = packed_map(disk)
-            setting = MapSetting(disk.cache.statistics()["budget"], packed, policy)
-            for offset in offsets.tolist():  # one by one: a batch looks up what is resident before the rest
-                disk.read_into(offset, buffer)
-            counted = disk.cache.statistics()
-        [done] = simulate(trace_of(offsets), [setting], packed.geometry, disk_size=size)
-        ratio = counted["misses"] / (counted["hits"] + counted["misses"])
-        assert done.miss_ratio == pytest.approx(ratio, abs=0.005)
+        hold_against_engine(tmp_path / "disk.qcow2", kind, budget, policy=policy)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("entry_bytes, readahead", [(16 * KiB, True), (16 * KiB, False), (512, True), (4096, False)])
+def test_ours_is_as_near_for_other_units_of_reading(kind, entry_bytes, readahead, tmp_path):
+    write_populated_image(tmp_path / "disk.qcow2", size=8 * GiB, layout="random")
+    hold_against_engine(tmp_path / "disk.qcow2", kind, 96 * KiB, entry_bytes=entry_bytes, readahead=readahead)
+
+
+def hold_against_engine(path, kind, budget, *, entry_bytes=4096, policy="clock2q+", readahead=True):
+    with cowslice.open(path, l2_cache_size=budget, l2_cache_entry_size=entry_bytes, policy=policy,
+                       readahead=readahead, warmup="off") as disk:
+        offsets, buffer = workload(kind, disk.size // LENGTH, 20_000), bytearray(LENGTH)
+        packed = packed_map(disk, entry_bytes=entry_bytes)
+        setting = MapSetting(disk.cache.statistics()["budget"], packed, policy, readahead)
+        for offset in offsets.tolist():  # one by one: a batch looks up what is resident before the rest
+            disk.read_into(offset, buffer)
+        counted = disk.cache.statistics()
+    [done] = simulate(trace_of(offsets), [setting], packed.geometry, disk_size=packed.disk_size)
+    ratio = counted["misses"] / (counted["hits"] + counted["misses"])
+    assert done.miss_ratio == pytest.approx(ratio, abs=0.005)
 
 
 def test_the_curve_by_bytes_ends_at_the_cold_misses_where_the_whole_map_fits(tmp_path):

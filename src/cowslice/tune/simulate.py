@@ -39,12 +39,13 @@ class QemuSetting:
 class MapSetting:
     """cowslice with a metadata budget in bytes over a map whose packed sizes are known.
 
-    `packed.entry_bytes` is the unit of a metadata read.
+    `packed.entry_bytes` is the unit of a metadata read. `readahead` lets one read bring more to a sequential reader.
     """
 
     cache_bytes: int
     packed: PackedMap
     policy: Literal["clock2q+", "lru"] = "clock2q+"
+    readahead: bool = True
 
 
 Setting = QemuSetting | MapSetting
@@ -105,7 +106,8 @@ def _replay(setting: Setting, geometry: Geometry, disk_size: int) -> Replay:
     return MapReplay(
         packed.slice_span.bit_length() - 1, budget=setting.cache_bytes, policy=setting.policy, sizes=packed.sizes,
         mapped=packed.mapped.view(np.uint8), entry_bytes=packed.entry_bytes,
-        group=packed.entry_bytes // packed.slice_bytes, per_table=geometry.cluster_size // packed.slice_bytes)
+        group=packed.entry_bytes // packed.slice_bytes, readahead=setting.readahead,
+        per_table=geometry.cluster_size // packed.slice_bytes)
 
 
 def _result(setting: Setting, replay: Replay, missed: Sequence[NDArray[np.uint16]]) -> Replayed:

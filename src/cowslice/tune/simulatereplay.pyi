@@ -27,9 +27,14 @@ class MapReplay(Replay):
         entry_bytes: int,
         group: int,
         per_table: int,
+        readahead: bool,
     ) -> None: ...
 
 def weigh(
-    table: bytearray | bytes | memoryview, slice_bytes: int, cluster_bits: int, extended: bool, sizes: NDArray[np.uint16]
+    table: bytearray | bytes | memoryview,
+    slice_bytes: int,
+    cluster_bits: int,
+    extended: bool,
+    sizes: NDArray[np.uint16],
 ) -> None: ...
 def directory_bytes(slices: int) -> int: ...

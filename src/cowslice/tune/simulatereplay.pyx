@@ -129,7 +129,8 @@ cdef class MapReplay(Replay):
     cdef uint32_t stream_hand
 
     def __cinit__(self, int span_bits, *, uint64_t budget, str policy, const uint16_t[::1] sizes not None,
-                  const uint8_t[::1] mapped not None, uint64_t entry_bytes, uint64_t group, uint64_t per_table):
+                  const uint8_t[::1] mapped not None, uint64_t entry_bytes, uint64_t group, uint64_t per_table,
+                  bint readahead):
         self.span_bits = <uint8_t> span_bits
         self.slices = <uint64_t> sizes.shape[0]
         self.sizes = sizes
@@ -137,7 +138,7 @@ cdef class MapReplay(Replay):
         self.budget = budget
         self.group = group
         self.per_table = per_table
-        self.most_groups = min(<uint64_t> AHEAD_BYTES, budget // 8) // entry_bytes or 1
+        self.most_groups = (min(<uint64_t> AHEAD_BYTES, budget // 8) // entry_bytes or 1) if readahead else 1
         if policy not in ("clock2q+", "lru"):
             raise BadOption(f"policy is '{policy}', expected 'clock2q+' or 'lru'")
         # A replay runs faster than its trace: the policy's sense of time stays out of it.
