@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         LocalProtocolError,
         Locked,
         MalformedImage,
+        MalformedTrace,
         NoSpace,
         NotAnImage,
         OutOfRange,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         RequestError,
         ShortRead,
         StorageError,
+        TraceError,
         UnsupportedImage,
     )
     from cowslice.image.creation import create
@@ -57,6 +59,7 @@ __all__ = [
     "LocalProtocolError",
     "Locked",
     "MalformedImage",
+    "MalformedTrace",
     "NoSpace",
     "NotAnImage",
     "OutOfRange",
@@ -71,6 +74,7 @@ __all__ = [
     "Role",
     "ShortRead",
     "StorageError",
+    "TraceError",
     "UnsupportedImage",
     "create",
     "open",

@@ -64,6 +64,19 @@ class ReferenceRefused(ImageError):
     """The image names another file (backing file, data file) that the gate does not permit to be opened."""
 
 
+class TraceError(CowsliceError):
+    """The record of what a guest asked for is at fault."""
+
+
+class MalformedTrace(TraceError):
+    """A trace breaks its format. `where` is the file, `line` counts its lines, or its records, from one; 0: no line."""
+
+    def __init__(self, message: str, *, where: str = "", line: int = 0, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.where = where
+        self.line = line
+
+
 class RequestError(CowsliceError):
     """The caller is at fault."""
 

@@ -14,9 +14,9 @@ from tests.house.source_tree import ROOT
 SURFACE = {
     "cowslice": """
         BadOption Closed CorruptImage CowsliceError CryptoError Deny DenyGate Extent FolderGate Gate Image ImageError
-        InternalError LocalProtocolError Locked MalformedImage NoSpace NotAnImage OutOfRange Permit PermitGate
-        ProtocolError ReadOnly Reference ReferenceRefused RemoteProtocolError RequestError Role ShortRead StorageError
-        UnsupportedImage create open serve
+        InternalError LocalProtocolError Locked MalformedImage MalformedTrace NoSpace NotAnImage OutOfRange Permit
+        PermitGate ProtocolError ReadOnly Reference ReferenceRefused RemoteProtocolError RequestError Role ShortRead StorageError
+        TraceError UnsupportedImage create open serve
     """,
     "cowslice.nbd": """
         Aborted Accepted BadRequest BlockSizes ClientHandshake ClientTransmission Completed Context ContextsListed Data

@@ -25,11 +25,12 @@ from cowslice.errors import (
     RequestError,
     ShortRead,
     StorageError,
+    TraceError,
     UnsupportedImage,
 )
 
 EVERY_CLASS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, CowsliceError)]
-FAULTS = (ImageError, RequestError, StorageError, CryptoError, ProtocolError, InternalError)
+FAULTS = (ImageError, TraceError, RequestError, StorageError, CryptoError, ProtocolError, InternalError)
 
 
 @pytest.mark.parametrize("kind", EVERY_CLASS)
