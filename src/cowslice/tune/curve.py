@@ -6,6 +6,7 @@ touches, as in QEMU, where the lookups of one request within one slice follow ea
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -19,6 +20,8 @@ from cowslice.tune.curvestack import Stack
 from cowslice.units import div_ceil
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from numpy.typing import NDArray
 
 # Operations as `tune.trace` numbers them.
@@ -127,9 +130,12 @@ def curves_for(requests: Iterable[Columns], geometries: Sequence[Geometry], *, d
     if disk_size <= 0:
         raise BadOption(f"disk_size is {disk_size}, expected a positive number of bytes")
     builders = [_Builder(geometry, disk_size) for geometry in geometries]
-    for chunk in requests:
-        for builder in builders:
-            builder.add(chunk)
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for chunk in requests:
+            for builder in builders:
+                builder.add(chunk, pool)
     return [builder.finished() for builder in builders]
 
 
@@ -166,11 +172,11 @@ class _Builder:
             1 << bits: _stack(geometry, 1 << bits, disk_size)
             for bits in range(MIN_ENTRY_SIZE.bit_length() - 1, geometry.cluster_bits + 1)}
 
-    def add(self, chunk: Columns) -> None:
-        first, last, writes = touched_spans(chunk, self.geometry, self.disk_size)
-        self.requests += len(first)
-        for stack in self.stacks.values():
-            stack.add(first, last, writes)
+    def add(self, chunk: Columns, pool: Executor) -> None:
+        spans = touched_spans(chunk, self.geometry, self.disk_size)
+        self.requests += len(spans[0])
+        for _ in pool.map(lambda stack: stack.add(*spans), self.stacks.values()):
+            pass
 
     def finished(self) -> Curves:
         curves = {entry: self._curve(entry, stack) for entry, stack in self.stacks.items()}
