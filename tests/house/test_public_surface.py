@@ -15,7 +15,8 @@ SURFACE = {
     "cowslice": """
         BadOption Closed CorruptImage CowsliceError CryptoError Deny DenyGate Extent FolderGate Gate Image ImageError
         InternalError LocalProtocolError Locked MalformedImage MalformedTrace NoSpace NotAnImage OutOfRange Permit
-        PermitGate ProtocolError ReadOnly Reference ReferenceRefused RemoteProtocolError RequestError Role ShortRead StorageError
+        PermitGate ProtocolError ReadOnly Reference ReferenceRefused RemoteProtocolError RequestError Role
+        ShortRead StorageError
         TraceError UnsupportedImage create open serve
     """,
     "cowslice.nbd": """
