@@ -1,4 +1,4 @@
-"""Writing guest bytes to one qcow2 image: in place where a cluster is ours alone, else to new clusters, copying the rest.
+"""Writing guest bytes to one qcow2 image: in place where a cluster is ours alone, else to new clusters.
 
 It does not know how metadata becomes stable (commit.py). The lock is held to plan and to publish, never while bytes are
 copied; guest clusters under way are claimed. What must hold: bytes are in their new place before an entry shows them
@@ -230,11 +230,16 @@ class Writer:
     def _keep(self, plan: Rewrite, host: int, fresh: bool) -> None:
         for keep in plan.keeps:
             guest = (plan.cluster << self._bits) + keep.within
+            length = keep.length
+            if self.planner.data_file:
+                length = min(length, self.layer.size - guest)  # a raw data file is as long as the disk
+            if length <= 0:
+                continue
             if keep.zero and not self._encrypted:
                 if not fresh:
-                    self._put_zeros(host + keep.within, keep.length)
+                    self._put_zeros(host + keep.within, length)
                 continue
-            old = bytearray(keep.length)
+            old = bytearray(length)
             if not keep.zero:
                 self._read_old(guest, keep, memoryview(old))
             self._put(host + keep.within, guest, memoryview(old))

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cowslice.errors import BadOption
 from cowslice.format.entries import ALL_SUBCLUSTERS, L1_OFFSET_MASK, Entry, Kind
 from cowslice.format.header import Autoclear
 from cowslice.image.mapping import resolve
@@ -59,7 +58,7 @@ class Zeroing:
         first, last = round_up(offset, unit), end // unit * unit
         if end == self.writer.layer.size:
             last = round_up(end, unit)
-        if first >= last or self._old and self.writer.covered(first >> self._bits):
+        if first >= last or (self._old and self.writer.covered(first >> self._bits)):
             self._write_zeros(offset, end)
             return
         self._write_zeros(offset, first)
@@ -75,7 +74,7 @@ class Zeroing:
         first, last = round_up(offset, self._size), end // self._size * self._size
         if end == self.writer.layer.size:
             last = round_up(end, self._size)
-        if first >= last or self._old and self.writer.covered(first >> self._bits):
+        if first >= last or (self._old and self.writer.covered(first >> self._bits)):
             return
         self._blank(first, last, keep=self.rules.keep_reference, punch=True)
 
@@ -87,7 +86,8 @@ class Zeroing:
             writer.track(offset, min(end, writer.layer.size) - offset)
         if self._raw_data:
             writer.layer.data.zero(offset, min(end, writer.layer.size) - offset)
-            return
+            if writer.layer.cipher is None:
+                return  # zeros that are deciphered are none: then the entries must say so
         while offset < end:
             first = offset >> self._bits
             stop = min(end, (first + CLUSTERS_AT_ONCE) << self._bits, self._table_end(first))
@@ -101,14 +101,13 @@ class Zeroing:
     def _blank_some(self, offset: int, end: int, *, keep: bool, punch: bool) -> None:
         """Entries of one L2 table. A compressed cluster of which only a part is meant is written instead."""
         first, last = offset >> self._bits, (end - 1 >> self._bits) + 1
-        with self.writer.claims.on(first, last):
-            with self.tables.lock:
-                if not self._mapped(first) and not self.writer.covered(first):
-                    return
-                changes, written = self._changes(first, last, offset, end, keep=keep)
-                if changes:
-                    self.tables.own_table(first)
-                    self._apply(first, changes, punch=punch)
+        with self.writer.claims.on(first, last), self.tables.lock:
+            if not self._mapped(first) and not self.writer.covered(first):
+                return
+            changes, written = self._changes(first, last, offset, end, keep=keep)
+            if changes:
+                self.tables.own_table(first)
+                self._apply(first, changes, punch=punch)
         for start, stop in written:
             self._write_zeros(start, stop)
 
@@ -156,11 +155,3 @@ class Zeroing:
             if piece.kind in (Kind.NORMAL, Kind.COMPRESSED) and not piece.hole:
                 self.writer.write(offset, _ZEROS[: piece.length])
             offset += piece.length
-
-
-def check_rules(discard: str, detect_zeroes: str) -> None:
-    """Raise BadOption for values that QEMU would not know either."""
-    if discard not in ("ignore", "unmap"):
-        raise BadOption(f"discard is '{discard}', expected 'ignore' or 'unmap'")
-    if detect_zeroes not in ("off", "on", "unmap"):
-        raise BadOption(f"detect_zeroes is '{detect_zeroes}', expected 'off', 'on' or 'unmap'")
