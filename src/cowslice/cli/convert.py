@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import sys
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
 
 from cowslice.cli import exitcodes
+from cowslice.cli.creating import asks_for_keys, check_format, create_options, join, parse_keys, say_keys
 from cowslice.cli.images import open_image
 from cowslice.cli.options import CACHE_MODES, Given, chain, common, image_format, snapshot_name
 from cowslice.cli.output import warn
@@ -25,6 +27,7 @@ EPILOG = """\b
 Examples:
   cowslice convert -p disk.qcow2 disk.raw
   cowslice convert -l before-upgrade disk.qcow2 old.raw
+  cowslice convert -c -O qcow2 -o compression_type=zstd disk.raw small.qcow2
   cowslice convert disk.qcow2 - | zstd > disk.raw.zst
   cowslice convert -n disk.qcow2 /dev/vg0/disk        (into what is there already)
   cowslice convert part1.qcow2 part2.qcow2 whole.raw  (one behind the other)
@@ -34,10 +37,28 @@ A new target appears under its name only when it is complete; Ctrl-C leaves noth
 Exit status: 0 done, 1 failed, 64 usage, 130 interrupted."""
 
 
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What was said about a qcow2 target."""
+
+    texts: tuple[str, ...] = ()
+    backing: str | None = None
+    backing_format: str | None = None
+    compress: bool = False
+    replace_data_file: bool = False
+
+
 @click.command("convert", epilog=EPILOG)
 @image_format
 @click.option("-O", "target_format", metavar="FORMAT", default="raw", show_default=True,
-              help="Format of the target: raw.")
+              help="Format of the target: raw or qcow2.")
+@click.option("-o", "texts", multiple=True, metavar="KEY=VALUE,...", help="Options of a qcow2 target; 'help' lists "
+              "them.")
+@click.option("-B", "backing", metavar="FILE", help="Backing file of a qcow2 target: what SOURCE leaves to its own "
+              "backing file is not copied.")
+@click.option("-F", "backing_format", metavar="FORMAT", help="Format of that backing file.")
+@click.option("-c", "compress", is_flag=True, help="Compress each cluster of a qcow2 target.")
+@click.option("--replace-data-file", is_flag=True, help="Empty a data file of the target that is there already.")
 @click.option("-S", "sparse", metavar="SIZE", default="4k", show_default=True,
               help="Zeros of at least this size become a hole; 0 writes everything.")
 @click.option("-m", "workers", type=click.IntRange(0, 16), default=0, metavar="NUMBER",
@@ -52,21 +73,27 @@ Exit status: 0 done, 1 failed, 64 usage, 130 interrupted."""
               help="'unsafe' does not wait until the target is stable.")
 @click.option("-T", "source_cache", type=click.Choice(CACHE_MODES), default="writeback",
               help="'none' reads around the page cache.")
-@click.option("-W", "out_of_order", is_flag=True, help="Accepted: writing a file is never in order.")
+@click.option("-W", "out_of_order", is_flag=True, help="Accepted: data is written in no order anyway.")
 @common
 @chain
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.argument("target")
 def command(
-    sources: tuple[str, ...], target: str, format_name: str | None, target_format: str, sparse: str, workers: int,
+    sources: tuple[str, ...], target: str, format_name: str | None, target_format: str, texts: tuple[str, ...],
+    backing: str | None, backing_format: str | None, compress: bool, replace_data_file: bool, sparse: str, workers: int,
     progress: bool, snapshot: str | None, existing: bool, target_is_zero: bool, salvage: bool, target_cache: str,
     source_cache: str, out_of_order: bool, image_opts: bool, objects: tuple[str, ...], force_share: bool, quiet: bool,
     allowed: tuple[str, ...], allow_any: bool,
 ) -> int | None:
-    """Copy the disks SOURCE, one behind another, into the raw file TARGET; '-' is standard output."""
+    """Copy the disks SOURCE, one behind another, into TARGET; a raw one may be '-', standard output."""
     from cowslice.ops.convert import ConvertOptions
 
-    _refuse(target_format, sources, target, snapshot=snapshot, existing=existing, target_is_zero=target_is_zero)
+    check_format(target_format, "-O")
+    if asks_for_keys(texts):
+        say_keys(target_format)
+        return None
+    wish = Wish(texts, backing, backing_format, compress, replace_data_file)
+    _refuse(target_format, wish, sources, target, snapshot=snapshot, existing=existing, target_is_zero=target_is_zero)
     options = ConvertOptions(workers=workers, sparse=parse_size(sparse, "-S"), salvage=salvage)
     given = Given(format_name=format_name, image_opts=image_opts, objects=objects, force_share=force_share,
                   allowed=allowed, allow_any=allow_any, direct=source_cache in ("none", "directsync"))
@@ -77,6 +104,10 @@ def command(
             disks = [stack.enter_context(open_image(source, given, warmup="off", decompressed_cache_size=0,
                                                     snapshot=snapshot_name(snapshot)))
                      for source in sources]
+            if target_format == "qcow2":
+                _convert_to_qcow2(disks, target, options, wish, given, sync=target_cache != "unsafe",
+                                  progress=progress and not quiet)
+                return None
             _convert(disks, target, options, existing=existing, is_zero=target_is_zero, sync=target_cache != "unsafe",
                      progress=progress and not quiet)
     except Terminated:
@@ -99,8 +130,7 @@ def _convert(
             advance = stack.enter_context(maybe_shown("converting", progress))
             convert(disks, stream, options, progress=advance, warn=warn)
             return
-        refuse_sources(target, [layer.storage.fileno() for disk in disks for layer in disk.layers]
-                       + [layer.data.fileno() for disk in disks for layer in disk.layers])
+        refuse_sources(target, _descriptors(disks))
         file = raw_target(target, size, existing=existing, is_zero=is_zero, sync=sync)
         stack.enter_context(file)
         advance = stack.enter_context(maybe_shown("converting", progress))
@@ -108,12 +138,13 @@ def _convert(
 
 
 def _refuse(
-    target_format: str, sources: tuple[str, ...], target: str, *, snapshot: str | None, existing: bool,
+    target_format: str, wish: Wish, sources: tuple[str, ...], target: str, *, snapshot: str | None, existing: bool,
     target_is_zero: bool,
 ) -> None:
-    if target_format != "raw":
-        raise UnsupportedImage(f"'-O {target_format}' is refused: this program writes raw targets only",
-                               hint="Use 'qemu-img convert' for other target formats.")
+    if target_format == "qcow2":
+        _refuse_qcow2(wish, sources, target, existing=existing)
+    elif wish != Wish():
+        raise BadOption("-o, -B, -F, -c and --replace-data-file are for qcow2 targets, expected -O qcow2 beside them")
     if len(sources) > 1 and snapshot:
         raise BadOption("-l names a snapshot of one disk, but there are several sources")
     if target_is_zero and not existing:
@@ -122,6 +153,47 @@ def _refuse(
         raise BadOption("-n wants a file or device to write into, not standard output")
     if target == "-" and sys.stdout.isatty():
         raise BadOption("standard output is a terminal, expected a pipe or a file")
+
+
+def _refuse_qcow2(wish: Wish, sources: tuple[str, ...], target: str, *, existing: bool) -> None:
+    if existing:
+        raise UnsupportedImage("-n with -O qcow2 is refused: this program writes copies into new qcow2 images only")
+    if target == "-":
+        raise BadOption("a qcow2 image is not written front to back, expected a file, not standard output")
+    if len(sources) > 1 and wish.backing is not None:
+        raise BadOption("-B names a backing file of one disk, but there are several sources")
+
+
+def _convert_to_qcow2(
+    disks: list[Image], target: str, options: ConvertOptions, wish: Wish, given: Given, *, sync: bool, progress: bool
+) -> None:
+    from cowslice.cli.progress import maybe_shown
+    from cowslice.image.backing import check_backing
+    from cowslice.image.creation import new_image
+    from cowslice.image.targets import refuse_data_content
+    from cowslice.ops.qcow2convert import check_compressible, convert_to_qcow2
+    from cowslice.ops.rawtarget import refuse_sources
+
+    fields = parse_keys("qcow2", wish.texts, given.objects)
+    if fields.pop("size", None) is not None:
+        raise BadOption("-o has a size, but a copy has the size of its source")
+    join(fields, "backing_file", wish.backing, "-B")
+    join(fields, "backing_format", wish.backing_format, "-F")
+    made = create_options("qcow2", fields, allowed=given.allowed, allow_any=given.allow_any, sync=sync,
+                          replace_data_file=wish.replace_data_file)
+    if wish.compress:
+        check_compressible(made)
+    refuse_sources(target, _descriptors(disks))
+    refuse_data_content(target, made)
+    size = made.check_size(sum(disk.size for disk in disks))
+    backing_size = check_backing(made, target) if made.backing_file is not None else 0
+    with maybe_shown("converting", progress) as advance, new_image(target, size, made) as image:
+        convert_to_qcow2(disks, image, options, made, compress=wish.compress, backing_size=backing_size,
+                         progress=advance, warn=warn)
+
+
+def _descriptors(disks: list[Image]) -> list[int]:
+    return [storage.fileno() for disk in disks for layer in disk.layers for storage in (layer.storage, layer.data)]
 
 
 def _share_one_arena() -> None:

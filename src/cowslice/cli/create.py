@@ -5,11 +5,11 @@ from __future__ import annotations
 import click
 
 from cowslice.cli import exitcodes
-from cowslice.cli.creating import asks_for_keys, check_format, create_options, parse_keys, say_keys
+from cowslice.cli.creating import asks_for_keys, check_format, create_options, join, parse_keys, say_keys
 from cowslice.cli.options import chain
 from cowslice.cli.output import printable, say, warn
 from cowslice.cli.termination import Terminated, ending_on_sigterm
-from cowslice.errors import BadOption, CowsliceError
+from cowslice.errors import CowsliceError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ def command(
     if file is None:
         raise click.UsageError("Missing argument 'FILE'")
     fields = parse_keys(format_name, texts, objects)
-    _join(fields, "backing_file", backing, "-b")
-    _join(fields, "backing_format", backing_format, "-F")
-    _join(fields, "size", size, "SIZE")
+    join(fields, "backing_file", backing, "-b")
+    join(fields, "backing_format", backing_format, "-F")
+    join(fields, "size", size, "SIZE")
     options = create_options(format_name, fields, allowed=allowed, allow_any=allow_any, check_backing=not unchecked,
                              replace_data_file=replace_data_file)
     if format_name == "raw" and file.endswith(".qcow2") and not quiet:
@@ -81,15 +81,6 @@ def _create(file: str, size: str | None, options: CreateOptions, *, quiet: bool)
         raise
     if not quiet:
         say(f"Formatting '{printable(file)}', {_described(options, guest)}")
-
-
-def _join(fields: dict[str, object], name: str, value: str | None, flag: str) -> None:
-    """A field may be given by its own flag or by -o, not by both."""
-    if value is None:
-        return
-    if name in fields:
-        raise BadOption(f"{flag} and the same in -o are both given, expected one of them")
-    fields[name] = value
 
 
 def _described(options: CreateOptions, size: int) -> str:

@@ -103,6 +103,15 @@ def create_options(
                          replace_data_file=replace_data_file, **chosen)
 
 
+def join(fields: dict[str, Any], name: str, value: str | None, flag: str) -> None:
+    """A field may be given by its own flag or by -o, not by both."""
+    if value is None:
+        return
+    if name in fields:
+        raise BadOption(f"{flag} and the same in -o are both given, expected one of them")
+    fields[name] = value
+
+
 def _keys_of(format_name: str) -> Iterator[tuple[str, Key]]:
     return ((name, key) for name, key in KEYS.items() if format_name == "qcow2" or key.raw)
 

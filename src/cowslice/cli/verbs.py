@@ -20,7 +20,7 @@ VERBS = {
     "map": "Show where each part of the disk is stored.",
     "check": "Find leaks and corruption; changes nothing.",
     "compare": "Tell whether two disks have the same content.",
-    "convert": "Copy a disk into a raw file, or to standard output.",
+    "convert": "Copy a disk into a raw or qcow2 file, or to standard output.",
     "measure": "Say how large an image would be.",
     "serve": "Give disks to NBD clients: virtual machines, nbdcopy, qemu-img.",
     "bench": "Measure how fast an image is read, beside QEMU.",

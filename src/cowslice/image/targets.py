@@ -69,6 +69,15 @@ def open_data_file(
     return storage, False
 
 
+def refuse_data_content(target: Target, options: CreateOptions) -> None:
+    """Raise BadOption when a copy would be mixed with what its data file holds already."""
+    if options.data_file is None or options.replace_data_file:
+        return
+    path = _data_path(os.fspath(options.data_file), path_of(target))
+    if os.path.exists(path) and (not os.path.isfile(path) or os.path.getsize(path)):
+        raise BadOption(f"data file '{shown(path)}' is not empty: a copy needs one of its own", hint=_HINT)
+
+
 def prepare_data_file(data: Storage, size: int, options: CreateOptions, *, fresh: bool) -> None:
     """Give the data file the size of the disk and, as far as it grows, its preallocated space."""
     kept = 0 if fresh or options.replace_data_file else data.length()

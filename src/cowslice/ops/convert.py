@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cowslice.errors import BadOption, CowsliceError
-from cowslice.format.entries import Kind
 from cowslice.image.compressed import cores
 from cowslice.image.image import Image
 from cowslice.image.layer import fill_zeros
-from cowslice.image.mapping import resolve
 from cowslice.ops.bytescan import data_runs
 from cowslice.ops.pump import Pump
+from cowslice.ops.sources import zeros_at
 from cowslice.units import SECTOR, MiB
 
 # One request: large enough that Python costs nothing beside it, small enough to stay in the processor's caches.
@@ -27,7 +26,6 @@ MAX_WORKERS = 16
 REMOTE_WORKERS = 8
 MAX_SPARSE = 16 * MiB
 SPARSE = 4096
-_ZERO_KINDS = (Kind.ZERO, Kind.ZERO_ALLOCATED)
 
 Progress = Callable[[int, int], None]
 Warn = Callable[[str], None]
@@ -84,22 +82,22 @@ def convert(
     """
     options = options or ConvertOptions()
     total = sum(image.size for image in sources)
-    count = _Count(total, progress)
+    count = Count(total, progress)
     pump: Pump[_Chunk] = Pump(
-        _chunks(sources, count), lambda: _Copier(target, options, pump, count, warn), _workers(sources, options)
+        _chunks(sources, count), lambda: _Copier(target, options, pump, count, warn), workers_for(sources, options)
     )
     count.add(0)
     pump.run()
 
 
-def _workers(sources: Sequence[Image], options: ConvertOptions) -> int:
+def workers_for(sources: Sequence[Image], options: ConvertOptions) -> int:
     if options.workers:
         return options.workers
     local = all(layer.data.fileno() >= 0 for image in sources for layer in image.layers)
     return min(REMOTE_WORKERS, cores()) if local else REMOTE_WORKERS
 
 
-class _Count:
+class Count:
     """How much is done, told to the caller by whichever thread gets there."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
@@ -116,13 +114,13 @@ class _Count:
             self._progress(self._done, self._total)
 
 
-def _chunks(sources: Sequence[Image], count: _Count) -> Iterator[_Chunk]:
+def _chunks(sources: Sequence[Image], count: Count) -> Iterator[_Chunk]:
     """Cut all sources into chunks that end at multiples of CHUNK; a long span of zeros is one chunk."""
     base = 0
     for image in sources:
         offset = 0
         while offset < image.size:
-            zeros = _zeros_at(image, offset)
+            zeros = zeros_at(image, offset)
             end = offset + zeros if zeros >= CHUNK or offset + zeros == image.size else offset
             if end > offset:
                 yield _Chunk(image, base, offset, end - offset, True)
@@ -133,25 +131,11 @@ def _chunks(sources: Sequence[Image], count: _Count) -> Iterator[_Chunk]:
         base += image.size
 
 
-def _zeros_at(image: Image, offset: int) -> int:
-    """Bytes from here that read as zeros without being stored. 0 where the map cannot be read: reading will tell."""
-    end = offset
-    try:
-        while end < image.size:
-            _, piece = resolve(image.layers, end, image.size - end, holes=True)
-            if not (piece.below or piece.hole or piece.kind in _ZERO_KINDS):
-                break
-            end += piece.length
-    except CowsliceError:
-        pass
-    return end - offset
-
-
 class _Copier:
     """One worker: its buffer is made once and reused for every chunk."""
 
     def __init__(
-        self, target: Target, options: ConvertOptions, pump: Pump[_Chunk], count: _Count, warn: Warn | None
+        self, target: Target, options: ConvertOptions, pump: Pump[_Chunk], count: Count, warn: Warn | None
     ) -> None:
         self._target = target
         self._options = options
