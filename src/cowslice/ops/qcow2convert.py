@@ -35,7 +35,7 @@ def convert_to_qcow2(
     """Copy the images one behind another into `target`, which was made with the options `made`.
 
     Over a backing file of the target, of `backing_size` bytes, what an image leaves to its own backing file is not
-    copied. `progress(done, total)` counts bytes. Raises the errors of reading and writing, of which the first stops all.
+    copied. `progress(done, total)` counts bytes. Raises the errors of reading and writing: the first stops all.
     """
     if compress:
         check_compressible(made)
