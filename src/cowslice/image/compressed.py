@@ -15,10 +15,12 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from cowslice.codec.compression import decompress_cluster
+from cowslice.codec import inflate
+from cowslice.codec.compression import Compression, decompress_cluster
 from cowslice.errors import BadOption, CorruptImage, OutOfRange
+from cowslice.image.inflated import InflatedClusters
 from cowslice.storage.spans import MergedRead, plan_merged_reads
 from cowslice.units import KiB, MiB, div_ceil
 
@@ -35,6 +37,7 @@ LEAST_BATCH = 64 * KiB
 MOST_BATCH = MiB
 
 Key = tuple[int, int, int]
+Item = TypeVar("Item")
 Deliver = Callable[[int, bytes], None]
 
 
@@ -86,7 +89,8 @@ class _Flight:
 class DecompressedCache:
     """Decompressed clusters of all layers of one chain: at most `budget` bytes, the least recently used goes first.
 
-    With a budget of 0 nothing is kept, but threads still share what is under way.
+    With a budget of 0 nothing is kept, but threads still share what is under way. The layers that compiled code can
+    inflate keep theirs in `inflated`; where there are both kinds, each has half of the budget.
     """
 
     def __init__(self, budget: int = DEFAULT_BUDGET) -> None:
@@ -98,32 +102,33 @@ class DecompressedCache:
         self._flights: dict[Key, _Flight] = {}
         self._layers = itertools.count()
         self._used = 0
+        self._share = budget
+        self._kinds: set[bool] = set()  # of layers: whether they are inflated in compiled code
+        self.inflated = InflatedClusters(0)
         self._hits = self._misses = self._joined = self._evictions = 0
         self._reads = self._read_bytes = 0
 
     def statistics(self) -> CompressedStatistics:
         """Return the counters as they are now."""
         with self._lock:
-            return CompressedStatistics(
-                hits=self._hits,
-                misses=self._misses,
-                joined=self._joined,
-                evictions=self._evictions,
-                reads=self._reads,
-                read_bytes=self._read_bytes,
-                used=self._used,
-                budget=self._budget,
-            )
+            own = {"hits": self._hits, "misses": self._misses, "joined": self._joined, "evictions": self._evictions,
+                   "reads": self._reads, "read_bytes": self._read_bytes, "used": self._used}
+        compiled = self.inflated.counters()
+        return CompressedStatistics(**{name: own[name] + compiled[name] for name in own}, budget=self._budget)
 
     def trim(self) -> int:
         """Give all memory back; return how many bytes."""
         with self._lock:
             freed, self._used = self._used, 0
             self._kept.clear()
-            return freed
+        return freed + self.inflated.trim()
 
-    def new_layer(self) -> int:
-        """A number that tells the clusters of one layer from those of others."""
+    def new_layer(self, *, compiled: bool) -> int:
+        """A number that tells the clusters of one layer from those of others. Call it for all before the first read."""
+        self._kinds.add(compiled)
+        compiled_share = self._budget // len(self._kinds) if True in self._kinds else 0
+        self._share = self._budget - compiled_share
+        self.inflated.limit(compiled_share)
         return next(self._layers)
 
     def look(self, key: Key) -> bytes | None:
@@ -160,7 +165,7 @@ class DecompressedCache:
                 del self._flights[flight.key]
             flight.error = error
             flight.data = data if flight.awaited else None
-            if data is not None and flight.keep and len(data) <= self._budget:
+            if data is not None and flight.keep and len(data) <= self._share:
                 self._keep(flight.key, data)
         flight.landed.set()
 
@@ -173,7 +178,7 @@ class DecompressedCache:
     def _keep(self, key: Key, data: bytes) -> None:
         self._kept[key] = data
         self._used += len(data)
-        while self._used > self._budget:
+        while self._used > self._share:
             _, gone = self._kept.popitem(last=False)
             self._used -= len(gone)
             self._evictions += 1
@@ -186,6 +191,7 @@ class CompressedClusters:
     """The compressed clusters of one layer. May be used by many threads at once.
 
     `kind` is the header's compression_type. `shared` is the cache of the chain; without one the layer has its own.
+    Where compiled code can inflate, `inflated` does it, and knows this layer by the number `layer`; else it is None.
     """
 
     def __init__(
@@ -195,15 +201,21 @@ class CompressedClusters:
         self._kind = kind
         self._cluster_size = cluster_size
         self._cache = DecompressedCache() if shared is None else shared
-        self._layer = self._cache.new_layer()
+        compiled = kind == Compression.DEFLATE and storage.fileno() >= 0 and inflate.available()
+        self.inflated = self._cache.inflated if compiled else None
+        self.layer = self._cache.new_layer(compiled=compiled)
 
     def cluster(self, host_offset: int, length: int) -> bytes:
         """Return the whole cluster whose stream lies in `length` bytes from `host_offset`.
 
         Raises CorruptImage if the stream is damaged, UnsupportedImage for an unknown kind, StorageError.
         """
-        data = self._cache.look((self._layer, host_offset, length))
+        data = self._cache.look((self.layer, host_offset, length))
         return self.clusters([(host_offset, length)])[0] if data is None else data
+
+    def forget(self) -> None:
+        """Keep no cluster any longer: a stream was written where another may have been."""
+        self._cache.trim()
 
     def clusters(self, spans: Sequence[tuple[int, int]], *, keep: bool = True) -> list[bytes]:
         """Return the cluster of each (host offset, length), in the given order. Raises as `cluster`."""
@@ -216,12 +228,30 @@ class CompressedClusters:
 
         Raises as `cluster`, for the first part that failed; then the content of all targets is unknown.
         """
+        if self.inflated is not None:
+            parts = self._inflate(parts, self.inflated)
+            if not parts:
+                return
 
         def deliver(number: int, data: bytes) -> None:
             part = parts[number]
             part.target[:] = memoryview(data)[part.skip : part.skip + len(part.target)]
 
         self._provide([(part.host_offset, part.length) for part in parts], deliver, keep)
+
+    def _inflate(self, parts: Sequence[Part], inflated: InflatedClusters) -> list[Part]:
+        """Fill in compiled code, on all cores, and return the parts that it refuses."""
+        refused: list[Part] = []
+        for part in parts:
+            _check(part.host_offset, part.length)
+
+        def inflate_part(part: Part) -> None:
+            if not inflated.read_part(self._storage.fileno(), self._storage.alignment, self.layer, self._cluster_size,
+                                      part.host_offset, part.length, part.skip, part.target):
+                refused.append(part)
+
+        run_together(parts, inflate_part)
+        return refused
 
     def _provide(self, spans: Sequence[tuple[int, int]], deliver: Deliver, keep: bool) -> None:
         """Deliver every cluster: the kept ones, then those that are ours to load, then those that others load.
@@ -233,7 +263,7 @@ class CompressedClusters:
         try:
             for number, (offset, length) in enumerate(spans):
                 _check(offset, length)
-                data, flight, mine = self._cache.claim((self._layer, offset, length), number, keep)
+                data, flight, mine = self._cache.claim((self.layer, offset, length), number, keep)
                 if data is not None:
                     deliver(number, data)
                 elif mine:
@@ -312,7 +342,7 @@ def _check(host_offset: int, length: int) -> None:
         raise OutOfRange(f"a stream of {length} bytes at host offset {host_offset} asked, expected at least 1 byte")
 
 
-def run_together(items: Iterable[MergedRead], work: Callable[[MergedRead], None]) -> None:
+def run_together(items: Iterable[Item], work: Callable[[Item], None]) -> None:
     """Do `work` for all items, in this thread and in those of the pool that are free; return when all is done.
 
     This thread takes items like the others, so it never waits for a pool that is busy elsewhere. `work` must not raise.

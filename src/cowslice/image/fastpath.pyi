@@ -1,6 +1,7 @@
 from typing import TYPE_CHECKING
 
 from cowslice.cache.slicemap import SliceMap
+from cowslice.image.inflated import InflatedClusters
 from cowslice.storage.base import Storage
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ class FastPath:
         version: int,
         data_file: bool,
         opaque: bool,
+        inflated: InflatedClusters | None = None,
+        number: int = 0,
     ) -> None: ...
     def add_raw(self, *, size: int, data: Storage) -> None: ...
     def read_into(self, offset: int, buffer: WriteableBuffer, start: int = 0) -> int: ...

@@ -1,8 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """The compiled read path: translate and `pread` in one call, without the GIL, through a chain of plain layers.
 
-It only does faster what image.reading does; whatever is not plain (compressed, encrypted, faulty, no descriptor, a read
-that fails) it leaves to that path by returning early, so it raises nothing of its own about an image. No lock is held
+It only does faster what image.reading does; whatever is not plain (encrypted, faulty, no descriptor, a stream that
+InflatedClusters refuses, a read that fails) it leaves to that path by returning early, so it raises nothing of its own about an image. No lock is held
 while reading.
 """
 
@@ -16,6 +16,7 @@ from cowslice.cache.pthread cimport pthread_mutex_lock, pthread_mutex_unlock
 from cowslice.cache.loads cimport FOUND
 from cowslice.cache.slicemap cimport SliceMap
 from cowslice.image.hostread cimport IN_MEMORY, File, manner_of, read_host
+from cowslice.image.inflated cimport InflatedClusters, Stream
 
 import threading
 
@@ -36,6 +37,7 @@ cdef uint64_t COPIED = <uint64_t> 1 << 63
 cdef uint64_t COMPRESSED = <uint64_t> 1 << 62
 cdef uint64_t ZERO = 1
 cdef uint64_t OFFSET = 0x00FFFFFFFFFFFE00
+cdef uint64_t MAX_HOST_OFFSET = (<uint64_t> 1 << 56) - 1  # format.entries has its reason
 
 
 cdef inline bint astray(uint64_t word, uint64_t offset) noexcept nogil:
@@ -51,6 +53,7 @@ cdef class FastPath:
 
     def __cinit__(self):
         self.maps = []
+        self.inflating = []
         self.in_memory = True
 
     def __dealloc__(self):
@@ -72,8 +75,11 @@ cdef class FastPath:
         self.in_memory &= layer.file.manner == IN_MEMORY
 
     def add_qcow2(self, SliceMap slices not None, *, uint64_t size, data, int cluster_bits, bint extended_l2, int version,
-                  bint data_file, bint opaque):
-        """Add a qcow2 layer of `size` guest bytes whose normal clusters lie in the storage `data`, or None."""
+                  bint data_file, bint opaque, InflatedClusters inflated=None, uint32_t number=0):
+        """Add a qcow2 layer of `size` guest bytes whose normal clusters lie in the storage `data`, or None.
+
+        Compressed clusters, of the layer `number` of `inflated`, are read here if that is given and there is no data file.
+        """
         cdef PlainLayer *layer = self.grow()
         layer.map = <void *> slices
         layer.size = size
@@ -83,6 +89,10 @@ cdef class FastPath:
         layer.version2 = version < 3
         layer.data_file = data_file
         layer.opaque = opaque
+        layer.number = number
+        if inflated is not None and not data_file and layer.file.fd >= 0:
+            self.inflating.append(inflated)
+            layer.inflated = <void *> inflated
         self.in_memory &= manner_of(slices.fd, 1) == IN_MEMORY
         self.maps.append(slices)
         self.cache = slices.cache
@@ -106,6 +116,7 @@ cdef class FastPath:
         cdef uint32_t i
         cdef bint below
         out.layer = NULL
+        out.stored = 0
         for i in range(self.depth):
             if offset >= self.layers[i].size:
                 break
@@ -145,7 +156,7 @@ cdef class FastPath:
         elif (<SliceMap> layer.map).resolve(cluster, run, &m) != FOUND:
             return False
         if m.word & COMPRESSED:
-            return False
+            return self.to_stream(layer, m.word, m.bitmap, offset, want, out)
         reach = (<uint64_t> m.run << layer.cluster_bits) - within
         if reach < want[0]:
             want[0] = reach
@@ -191,7 +202,36 @@ cdef class FastPath:
         out.host = (word & OFFSET) + (offset & mask)
         return not layer.data_file or out.host == offset
 
+    cdef bint to_stream(self, PlainLayer *layer, uint64_t word, uint64_t bitmap, uint64_t offset, uint64_t *want,
+                        Target *out) noexcept nogil:
+        """Where a compressed cluster is stored (spec: compressed clusters); it answers up to its own end."""
+        cdef uint64_t size = <uint64_t> 1 << layer.cluster_bits
+        cdef uint32_t shift = 70 - layer.cluster_bits
+        out.host = word & ((<uint64_t> 1 << shift) - 1)
+        if layer.inflated == NULL or (layer.extended and bitmap) or out.host > MAX_HOST_OFFSET:
+            return False
+        out.layer = layer
+        out.stored = (((word & (COMPRESSED - 1)) >> shift) + 1) * 512 - (out.host & 511)
+        out.skip = offset & (size - 1)
+        want[0] = min(want[0], size - out.skip)
+        out.length = want[0]
+        return True
+
     # -- reading ----------------------------------------------------------------------------------------------------
+
+    cdef bint read_target(self, const Target *target, uint8_t *buffer, uint64_t length) noexcept nogil:
+        """Read `length` bytes, no more than the target has; False where the plain path must."""
+        cdef Stream stream
+        if target.layer == NULL:
+            memset(buffer, 0, length)
+            return True
+        if not target.stored:
+            return read_host(&target.layer.file, buffer, length, target.host)
+        stream.layer = target.layer.number
+        stream.host = target.host
+        stream.stored = target.stored
+        stream.size = <uint64_t> 1 << target.layer.cluster_bits
+        return (<InflatedClusters> target.layer.inflated).read(&target.layer.file, &stream, target.skip, buffer, length)
 
     cdef uint64_t read_span(self, uint64_t offset, uint8_t *buffer, uint64_t length) noexcept nogil:
         """Read as far as this path can; returns the bytes done."""
@@ -200,9 +240,21 @@ cdef class FastPath:
         while done < length:
             if not self.locate(offset + done, length - done, False, &target):
                 break
-            if target.layer == NULL:
-                memset(buffer + done, 0, target.length)
-            elif not read_host(&target.layer.file, buffer + done, target.length, target.host):
+            if not self.read_target(&target, buffer + done, target.length):
+                break
+            done += target.length
+        return done
+
+    cdef uint64_t read_lone(self, uint64_t offset, uint8_t *buffer, uint64_t length) noexcept nogil:
+        """As read_span, but several compressed clusters are left to image.reading, which inflates them on all cores."""
+        cdef uint64_t done = 0
+        cdef Target target
+        while done < length:
+            if not self.locate(offset + done, length - done, False, &target):
+                break
+            if target.stored and done + target.length < length:
+                break
+            if not self.read_target(&target, buffer + done, target.length):
                 break
             done += target.length
         return done
@@ -224,7 +276,7 @@ cdef class FastPath:
                 return view.len
             self.active += 1
             with nogil:
-                done = start + self.read_span(offset + start, <uint8_t *> view.buf + start, view.len - start)
+                done = start + self.read_lone(offset + start, <uint8_t *> view.buf + start, view.len - start)
             self.active -= 1
             return done
         finally:
@@ -307,11 +359,9 @@ cdef class FastPath:
             target = &targets[i - first]
             out = batch.out + i * batch.length
             if target.length < batch.length:
-                batch.undone[i] = self.read_span(batch.offsets[i], out, batch.length) < batch.length
-            elif target.layer == NULL:
-                memset(out, 0, batch.length)
+                batch.undone[i] = self.read_lone(batch.offsets[i], out, batch.length) < batch.length
             else:
-                batch.undone[i] = not read_host(&target.layer.file, out, batch.length, target.host)
+                batch.undone[i] = not self.read_target(target, out, batch.length)
 
     cdef void locate_some(self, Batch batch, int64_t first, int64_t end, Target *targets) noexcept nogil:
         """A target's length is 0 where it could not be told at once."""

@@ -44,6 +44,7 @@ cdef class Loop:
     cdef uint32_t queued
     cdef uint32_t idle_workers
     cdef uint32_t workers
+    cdef uint32_t most_workers
     cdef bint leaving
     cdef list threads
     cdef prepare(self, bytes leftover)
@@ -56,6 +57,7 @@ cdef class Loop:
     cdef bint plain(self, const Ask *ask) noexcept nogil
     cdef bint answer_batch(self, Ask *asks, uint32_t count) noexcept nogil
     cdef void locate_batch(self, const Ask *asks, uint32_t count, Target *targets) noexcept nogil
+    cdef bint inflates(self, const Ask *ask, Target *target) noexcept nogil
     cdef bint answer(self, const Ask *ask, const Target *target, Arena *out) noexcept nogil
     cdef bint answer_slowly(self, const Ask *ask, Arena *out) noexcept nogil
     cdef bint answer_in_chunks(self, const Ask *ask, Arena *out) noexcept nogil

@@ -5,7 +5,8 @@ It answers plain reads; all else is handed over to Python, which knows commands,
 handshake nor who listens. What must hold: no lock is kept across I/O on an image, a reply is sent whole, and a client
 that stalls, vanishes or lies costs nobody but itself.
 
-What would wait for a device goes to workers of this connection, threads without the GIL, made when first needed.
+What would wait for a device, or takes long to inflate, goes to workers of this connection: threads without the GIL, made
+when first needed.
 """
 
 from libc.errno cimport EINTR, errno
@@ -30,6 +31,7 @@ import struct
 import threading
 
 from cowslice.errors import Closed
+from cowslice.image.compressed import cores
 
 cdef extern from "<sys/socket.h>" nogil:
     int MSG_NOSIGNAL
@@ -44,7 +46,7 @@ cdef enum:
     ARENA = 1 << 20             # bytes of replies put together before they are sent
     LEAST_HOLE = 4096           # a shorter hole costs more as a chunk of its own than as zeros
     MAX_PAYLOAD = 32 << 20      # that the protocol lets a client send without asking
-    MOST_WORKERS = 16           # threads of one connection that may wait for a device
+    MOST_WAITING = 16           # threads of one connection that may wait for a device
 
 cdef enum:  # why a transmission ended: places in ENDS
     GOES_ON, DISCONNECTED, VANISHED, GARBAGE, IDLE, BROKEN, STOPPED, NO_MEMORY, FAULT
@@ -83,6 +85,7 @@ cdef class Loop:
         self.handover = handover
         self.threads = []
         self.idle_ms = <int> (idle * 1000)
+        self.most_workers = cores() if fast.in_memory else max(cores(), MOST_WAITING)
 
     def __dealloc__(self):
         free(self.incoming)
@@ -272,12 +275,10 @@ cdef class Loop:
                 return False
             if self.answer(&asks[i], &targets[i], &self.out):
                 continue
-            if self.fast.in_memory and self.answer_slowly(&asks[i], &self.out):
-                continue
-            if self.fast.in_memory:
-                if not self.pass_on(&asks[i], NULL, 0):
+            if not self.fast.in_memory or self.inflates(&asks[i], &targets[i]):
+                if not self.enqueue(&asks[i]):
                     return False
-            elif not self.enqueue(&asks[i]):
+            elif not self.answer_slowly(&asks[i], &self.out) and not self.pass_on(&asks[i], NULL, 0):
                 return False
         pthread_mutex_lock(&self.lock)
         count_reads(&self.tally, self.size, asks, count, now_ns())
@@ -297,11 +298,17 @@ cdef class Loop:
         if self.fast.maps_count:
             pthread_mutex_unlock(&self.fast.cache.lock)
 
+    cdef bint inflates(self, const Ask *ask, Target *target) noexcept nogil:
+        """Whether a read of a disk in memory begins in a compressed cluster, which is work enough for another thread."""
+        if target.length == 0 and not self.fast.locate(ask.offset, ask.length, False, target):
+            return False
+        return target.stored != 0
+
     cdef bint answer(self, const Ask *ask, const Target *target, Arena *out) noexcept nogil:
         """A read that lies in one piece and needs no waiting; False for any other."""
         cdef uint64_t before = out.used
         cdef uint8_t *data
-        if target.length < ask.length:
+        if target.length < ask.length or target.stored:
             return False
         if target.layer == NULL and self.mode != SIMPLE and not ask.flags & DONT_FRAGMENT and ask.length >= LEAST_HOLE:
             return put_hole(self.mode, out, ask, ask.offset, ask.length, REPLY_DONE)
@@ -361,10 +368,11 @@ cdef class Loop:
         while length[0] < want:
             if not self.fast.locate(offset + length[0], want - length[0], False, &target):
                 return False
-            if target.layer == NULL and target.length >= LEAST_HOLE:
-                if length[0] == 0:
-                    hole[0] = True
-                    length[0] = target.length
+            if target.layer == NULL and (hole[0] or target.length >= LEAST_HOLE):
+                if length[0] and not hole[0]:
+                    return True
+                hole[0] = True
+            elif hole[0]:
                 return True
             length[0] += target.length
         return True
@@ -448,7 +456,7 @@ cdef class Loop:
             self.last.next = job
         self.last = job
         self.queued += 1
-        short_handed = self.queued > self.idle_workers and self.workers < MOST_WORKERS
+        short_handed = self.queued > self.idle_workers and self.workers < self.most_workers
         pthread_cond_signal(&self.work)
         pthread_mutex_unlock(&self.lock)
         return not short_handed or self.hire()
