@@ -53,6 +53,7 @@ class Sources:
         self._starts = [0, *accumulate(image.size for image in self._images)]
         self._over_backing = over_backing
         self._seek_zeros = seek_zeros
+        self._stored_until = 0  # asking a file for its holes costs more than remembering what it said
         self.size = self._starts[-1]
 
     def read_into(self, offset: int, view: memoryview) -> None:
@@ -88,8 +89,11 @@ class Sources:
         """What begins here, and for how many bytes inside one source."""
         image, inside = self._at(offset)
         left = image.size - inside
-        if self._seek_zeros and (length := zeros_at(image, inside)):
-            return Content.ZERO, length
+        if self._seek_zeros and offset >= self._stored_until:
+            length, stored = runs_at(image, inside)
+            if length:
+                return Content.ZERO, length
+            self._stored_until = offset + stored
         if not self._over_backing or len(image.layers) < 2:
             return Content.DATA, left
         own = _own_until(image, inside, below=True)
@@ -104,16 +108,22 @@ class Sources:
 
 def zeros_at(image: Image, offset: int) -> int:
     """Bytes from here that read as zeros without being stored. 0 where the map cannot be read: reading will tell."""
-    end = offset
+    return runs_at(image, offset)[0]
+
+
+def runs_at(image: Image, offset: int) -> tuple[int, int]:
+    """As zeros_at, and how many bytes behind them are known to be stored."""
+    end, stored = offset, 0
     try:
         while end < image.size:
             _, piece = resolve(image.layers, end, image.size - end, holes=True)
             if not (piece.below or piece.hole or piece.kind in _ZERO_KINDS):
+                stored = piece.length
                 break
             end += piece.length
     except CowsliceError:
         pass
-    return end - offset
+    return end - offset, stored
 
 
 def _own_until(image: Image, offset: int, *, below: bool) -> int:
