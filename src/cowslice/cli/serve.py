@@ -13,7 +13,7 @@ import click
 
 from cowslice.cli import exitcodes
 from cowslice.cli.options import CACHE_MODES, Given, chain, common, image_format
-from cowslice.cli.output import complain, exact_size, printable, say, warn
+from cowslice.cli.output import exact_size, printable, say, warn
 from cowslice.cli.serving import Wanted, address, client_tls, credentials, open_exports, secrets
 from cowslice.units import parse_size
 
@@ -54,8 +54,8 @@ Exit status: 0 ended as it should, 1 failed, 64 usage."""
               help="Go on, or end, when the last client has left.  [default: once]")
 @click.option("-x", "--export-name", "name", metavar="NAME", help="Name of the export.  [default: none]")
 @click.option("-D", "--description", default="", metavar="TEXT", help="Description of the export.")
-@click.option("-r", "--read-only", is_flag=True, help="Accepted: this program only reads.")
-@click.option("--writable", is_flag=True, help="Refused: this program does not write to images yet.")
+@click.option("-r", "--read-only", is_flag=True, help="Serve for reading only, as without --writable.")
+@click.option("--writable", is_flag=True, help="Let clients write.")
 @click.option("-l", "--load-snapshot", "snapshot", metavar="SNAPSHOT",
               help="Serve this internal snapshot: its id or name, or snapshot.id=ID, or snapshot.name=NAME.")
 @click.option("--all-snapshots", is_flag=True, help="Serve every internal snapshot as well, as NAME@SNAPSHOT.")
@@ -91,16 +91,14 @@ Exit status: 0 ended as it should, 1 failed, 64 usage."""
 @chain
 @click.argument("images", nargs=-1, metavar="[NAME=]IMAGE...")
 def command(images: tuple[str, ...], **given: Any) -> int | None:
-    """Serve disks to NBD clients, read-only: to virtual machines, nbdcopy, qemu-img, or the kernel.
+    """Serve disks to NBD clients, by default read-only: to virtual machines, nbdcopy, qemu-img, or the kernel.
 
     Several images need names, by which clients ask for them: NAME=IMAGE. A path with a '=' in it is written with a '/'
     before that, as in ./a=b.qcow2.
     """
     wanted = Wanted(**{key: value for key, value in given.items() if not key.startswith("_")})
-    if wanted.writable:
-        complain("'--writable' is refused: this program does not write to images yet",
-                 "Without it the disk is served read-only.")
-        return exitcodes.FAILED
+    if wanted.writable and (wanted.read_only or wanted.snapshot is not None or wanted.all_snapshots):
+        raise click.UsageError("--writable excludes -r, -l and --all-snapshots: a snapshot never changes")
     if wanted.listing:
         if images:
             raise click.UsageError("-L takes no IMAGE: it asks a server")

@@ -135,7 +135,8 @@ def open_exports(images: tuple[str, ...], wanted: Wanted, given: Given, stack: E
     _refuse_contradictions(named, wanted)
     exports: list[Export] = []
     for name, image in named:
-        disk = stack.enter_context(open_image(image, given, snapshot=_snapshot(wanted.snapshot)))
+        disk = stack.enter_context(
+            open_image(image, given, snapshot=_snapshot(wanted.snapshot), writable=wanted.writable))
         exports.append(_export(disk, name, wanted, bitmaps=wanted.bitmaps))
         if wanted.all_snapshots:
             exports += [
@@ -177,7 +178,7 @@ def _export(disk: Image, name: str, wanted: Wanted, *, bitmaps: tuple[str, ...])
     from cowslice.units import parse_size
 
     return Export(disk, name, description=wanted.description, allocation_depth=wanted.allocation_depth,
-                  bitmaps=bitmaps, multi_conn=wanted.max_clients != 1,
+                  bitmaps=bitmaps, multi_conn=wanted.max_clients != 1, writable=wanted.writable,
                   max_request=parse_size(wanted.max_request, "--max-request"))
 
 

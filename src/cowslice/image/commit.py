@@ -31,7 +31,7 @@ class Stage:
     """Copies of all that was dirty at one moment; offsets are host bytes."""
 
     counts: RefcountStage
-    slices: list[tuple[int, bytes, object]]
+    slices: list[tuple[int, bytes, tuple[int, int]]]
     l1: list[tuple[int, bytes]]
     l1_words: dict[int, int]
     drops: list[Drop]
@@ -74,11 +74,14 @@ class Commits:
             mine = self._begun + 1
             while self._running and self._done < mine:
                 self._turn.wait()
-            if self._done >= mine:
-                return self._tell(mine)
-            self._running = True
-            self._begun = mine
-        self._lead(mine)
+            leads = self._done < mine
+            if leads:
+                self._running = True
+                self._begun = mine
+        if leads:
+            self._lead(mine)
+        else:
+            self._tell(mine)
 
     def _lead(self, number: int) -> None:
         """Do the commit for everybody who came before it began."""
@@ -90,8 +93,9 @@ class Commits:
             raise
         finally:
             with self._turn:
-                self._failed.clear()
-                if failure is not None:
+                if failure is None:
+                    self._failed.clear()  # it made stable what earlier ones could not; who waits for those is served
+                else:
                     self._failed[number] = failure
                 self._done = number
                 self._running = False
@@ -149,15 +153,15 @@ class Commits:
             return
         for offset, content in counts.new_blocks:
             storage.pwrite(offset, content)
-        if counts.new_table is not None:
-            storage.pwrite(counts.new_table.offset, counts.new_table.content)
+        table = counts.new_table
+        if table is not None:
+            storage.pwrite(table.offset, table.content)
         self.sync()
         for offset, content in counts.table_writes:
             storage.pwrite(offset, content)
-        if counts.new_table is not None:
-            self._guarded(lambda: switch_header(
-                self.tables.layer, refcount_table_offset=counts.new_table.offset,
-                refcount_table_clusters=counts.new_table.clusters))
+        if table is not None:
+            place = {"refcount_table_offset": table.offset, "refcount_table_clusters": table.clusters}
+            self._guarded(lambda: switch_header(self.tables.layer, **place))
 
     def _settle(self, stage: Stage) -> None:
         """All of the stage is stable: what it dropped may fall, and what is drained may be used again."""
@@ -193,7 +197,8 @@ class Commits:
         """Say on disk, stably, that counts may be stale (I8)."""
         header = self.tables.layer.first.header
         if not header.is_dirty:
-            self._guarded(lambda: switch_header(self.tables.layer, incompatible=header.incompatible | Incompatible.DIRTY))
+            bits = header.incompatible | Incompatible.DIRTY
+            self._guarded(lambda: switch_header(self.tables.layer, incompatible=bits))
 
     def finish(self) -> None:
         """Commit what is left, counts that fall and lazy ones too, and take the dirty bit off. The last call."""
@@ -210,7 +215,8 @@ class Commits:
                 self.tables.refcounts.settle(stage)
         header = self.tables.layer.first.header
         if header.is_dirty:
-            self._guarded(lambda: switch_header(self.tables.layer, incompatible=header.incompatible & ~Incompatible.DIRTY))
+            bits = header.incompatible & ~Incompatible.DIRTY
+            self._guarded(lambda: switch_header(self.tables.layer, incompatible=bits))
 
     def sync(self) -> None:
         """One barrier over the file and its data file. A failure poisons the image (I9)."""
@@ -228,5 +234,6 @@ class Commits:
         try:
             act()
         except CowsliceError as error:
-            self.fault = StorageError(f"'{self.tables.layer.name}' takes no more writes until it is opened again: {error}")
+            name = self.tables.layer.name
+            self.fault = StorageError(f"'{name}' takes no more writes until it is opened again: {error}")
             raise

@@ -1,30 +1,18 @@
 from typing import TYPE_CHECKING
 
-from cowslice.cache.slicemap import SliceMap
-from cowslice.image.inflated import InflatedClusters
-from cowslice.storage.base import Storage
+from cowslice.image.fences import Fences
+from cowslice.image.passage import Passage
+from cowslice.image.translation import Translation
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
-class FastPath:
-    size: int
-    def __init__(self) -> None: ...
-    def add_qcow2(
-        self,
-        slices: SliceMap,
-        *,
-        size: int,
-        data: Storage | None,
-        cluster_bits: int,
-        extended_l2: bool,
-        version: int,
-        data_file: bool,
-        opaque: bool,
-        inflated: InflatedClusters | None = None,
-        number: int = 0,
-    ) -> None: ...
-    def add_raw(self, *, size: int, data: Storage) -> None: ...
+class FastPath(Translation):
     def read_into(self, offset: int, buffer: WriteableBuffer, start: int = 0) -> int: ...
     def read_many(self, offsets: ReadableBuffer, length: int, out: WriteableBuffer, depth: int = 1) -> list[int]: ...
     def close(self) -> None: ...
+    writable: bool
+    def resize(self, size: int) -> None: ...
+    def make_writable(self, passage: Passage, fences: Fences) -> None: ...
+    def write_from(self, offset: int, buffer: ReadableBuffer, start: int = 0) -> int: ...
+    def write_many(self, offsets: ReadableBuffer, length: int, data: ReadableBuffer, depth: int = 1) -> list[int]: ...

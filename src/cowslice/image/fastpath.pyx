@@ -1,22 +1,22 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""The compiled read path: translate and `pread` in one call, without the GIL, through a chain of plain layers.
+"""The compiled path: translate, then `pread` or `pwrite`, in one call without the GIL.
 
-It only does faster what image.reading does; whatever is not plain (encrypted, faulty, no descriptor, a stream that
-InflatedClusters refuses, a read that fails) it leaves to that path by returning early, so it raises nothing of its own about an image. No lock is held
-while reading.
+It only does faster what image.reading and image.writing do; whatever is not plain it leaves to them by returning early,
+so it raises nothing of its own about an image. No lock is held while reading or writing; on an image that may be written
+each request goes through the passage.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, realloc
+from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from cowslice.cache.packing cimport Mapped
 from cowslice.cache.pthread cimport pthread_mutex_lock, pthread_mutex_unlock
-from cowslice.cache.loads cimport FOUND
-from cowslice.cache.slicemap cimport SliceMap
-from cowslice.image.hostread cimport IN_MEMORY, File, manner_of, read_host
+from cowslice.image.fences cimport Fences
+from cowslice.image.hostread cimport read_host, write_host
 from cowslice.image.inflated cimport InflatedClusters, Stream
+from cowslice.image.passage cimport Passage
+from cowslice.image.translation cimport Target, Translation
 
 import threading
 
@@ -27,195 +27,17 @@ cdef extern from "<unistd.h>" nogil:
     int usleep(unsigned int)
 
 cdef extern from *:
-    int trailing_zeros "__builtin_ctzll"(uint64_t) noexcept nogil
     int64_t fetch_add "__sync_fetch_and_add"(int64_t *, int64_t) noexcept nogil
 
 cdef enum:
     CLAIM = 64              # requests that a thread of a batch takes at once
 
-cdef uint64_t COPIED = <uint64_t> 1 << 63
-cdef uint64_t COMPRESSED = <uint64_t> 1 << 62
-cdef uint64_t ZERO = 1
-cdef uint64_t OFFSET = 0x00FFFFFFFFFFFE00
-cdef uint64_t MAX_HOST_OFFSET = (<uint64_t> 1 << 56) - 1  # format.entries has its reason
 
-
-cdef inline bint astray(uint64_t word, uint64_t offset) noexcept nogil:
-    """Whether an entry of an image with a data file owns another cluster than the one at its own guest offset."""
-    return (word & OFFSET or word & COPIED) and (word & OFFSET) != offset
-
-
-cdef class FastPath:
-    """The compiled twin of image.reading over the layers that were added, top first.
+cdef class FastPath(Translation):
+    """The compiled twin of image.reading, and of what image.writing does in place.
 
     The storages behind the descriptors must stay open until `close` has returned.
     """
-
-    def __cinit__(self):
-        self.maps = []
-        self.inflating = []
-        self.in_memory = True
-
-    def __dealloc__(self):
-        free(self.layers)
-
-    cdef PlainLayer *grow(self) except NULL:
-        cdef PlainLayer *grown = <PlainLayer *> realloc(self.layers, (self.depth + 1) * sizeof(PlainLayer))
-        if grown == NULL:
-            raise MemoryError("no memory for another layer")
-        self.layers = grown
-        memset(&grown[self.depth], 0, sizeof(PlainLayer))
-        self.depth += 1
-        return &grown[self.depth - 1]
-
-    cdef attach(self, PlainLayer *layer, data):
-        layer.file.fd = -1 if data is None else data.fileno()
-        layer.file.alignment = 1 if data is None else data.alignment
-        layer.file.manner = manner_of(layer.file.fd, layer.file.alignment)
-        self.in_memory &= layer.file.manner == IN_MEMORY
-
-    def add_qcow2(self, SliceMap slices not None, *, uint64_t size, data, int cluster_bits, bint extended_l2, int version,
-                  bint data_file, bint opaque, InflatedClusters inflated=None, uint32_t number=0):
-        """Add a qcow2 layer of `size` guest bytes whose normal clusters lie in the storage `data`, or None.
-
-        Compressed clusters, of the layer `number` of `inflated`, are read here if that is given and there is no data file.
-        """
-        cdef PlainLayer *layer = self.grow()
-        layer.map = <void *> slices
-        layer.size = size
-        self.attach(layer, data)
-        layer.cluster_bits = cluster_bits
-        layer.extended = extended_l2
-        layer.version2 = version < 3
-        layer.data_file = data_file
-        layer.opaque = opaque
-        layer.number = number
-        if inflated is not None and not data_file and layer.file.fd >= 0:
-            self.inflating.append(inflated)
-            layer.inflated = <void *> inflated
-        self.in_memory &= manner_of(slices.fd, 1) == IN_MEMORY
-        self.maps.append(slices)
-        self.cache = slices.cache
-        self.maps_count += 1
-        self.size = self.layers[0].size
-
-    def add_raw(self, *, uint64_t size, data):
-        """Add a raw layer: guest bytes are the bytes of the storage `data`."""
-        cdef PlainLayer *layer = self.grow()
-        layer.size = size
-        self.attach(layer, data)
-        self.size = self.layers[0].size
-
-    # -- translation ------------------------------------------------------------------------------------------------
-
-    cdef bint locate(self, uint64_t offset, uint64_t want, bint held, Target *out) noexcept nogil:
-        """Find the layer that answers for `offset`, and for how much of `want`. False: not for this path.
-
-        With the cache's lock `held` nothing is loaded: False then also means that a slice is not resident.
-        """
-        cdef uint32_t i
-        cdef bint below
-        out.layer = NULL
-        out.stored = 0
-        for i in range(self.depth):
-            if offset >= self.layers[i].size:
-                break
-            if want > self.layers[i].size - offset:
-                want = self.layers[i].size - offset
-            if not self.in_layer(&self.layers[i], offset, &want, held, out, &below):
-                return False
-            if not below:
-                return True
-        out.length = want
-        return True
-
-    cdef void foresee(self, uint64_t offset, bint deep) noexcept nogil:
-        """Begin to fetch from memory what `locate` will look at first: shallow for all of a batch, then deep for all."""
-        cdef PlainLayer *top = self.layers
-        if top.map != NULL and offset < top.size:
-            (<SliceMap> top.map).foresee(offset >> top.cluster_bits, deep)
-
-    cdef bint in_layer(self, PlainLayer *layer, uint64_t offset, uint64_t *want, bint held, Target *out, bint *below) noexcept nogil:
-        """What one layer says of the bytes at `offset`; `want` shrinks to how far that holds."""
-        cdef Mapped m
-        cdef uint64_t within, cluster, clusters, reach
-        cdef uint32_t run
-        below[0] = False
-        if layer.map == NULL:
-            out.layer = layer
-            out.host = offset
-            out.length = want[0]
-            return layer.file.fd >= 0
-        within = offset & ((<uint64_t> 1 << layer.cluster_bits) - 1)
-        clusters = (within + want[0] - 1 >> layer.cluster_bits) + 1
-        run = <uint32_t> (clusters if clusters < 0x7FFFFFFF else 0x7FFFFFFF)
-        cluster = offset >> layer.cluster_bits
-        if held:
-            if (<SliceMap> layer.map).peek(cluster, run, &m) != FOUND:
-                return False
-        elif (<SliceMap> layer.map).resolve(cluster, run, &m) != FOUND:
-            return False
-        if m.word & COMPRESSED:
-            return self.to_stream(layer, m.word, m.bitmap, offset, want, out)
-        reach = (<uint64_t> m.run << layer.cluster_bits) - within
-        if reach < want[0]:
-            want[0] = reach
-        out.length = want[0]
-        if layer.data_file and astray(m.word, offset - within):
-            return False
-        if layer.extended:
-            return self.in_subclusters(layer, m.word, m.bitmap, offset, want, out, below)
-        if m.word & ZERO:
-            return not layer.version2 and m.word & OFFSET & ((<uint64_t> 1 << layer.cluster_bits) - 1) == 0
-        if m.word & OFFSET or (layer.data_file and m.word & COPIED):
-            return self.to_host(layer, m.word, offset, out)
-        below[0] = True
-        return True
-
-    cdef bint in_subclusters(self, PlainLayer *layer, uint64_t word, uint64_t bitmap, uint64_t offset, uint64_t *want, Target *out,
-                             bint *below) noexcept nogil:
-        """The same for an extended entry: neighbouring subclusters of one state count as one."""
-        cdef uint32_t allocated = <uint32_t> bitmap, zero = <uint32_t> (bitmap >> 32), differs
-        cdef bint owned = word & OFFSET != 0 or (layer.data_file and word & COPIED != 0)
-        cdef uint64_t within = offset & ((<uint64_t> 1 << layer.cluster_bits) - 1)
-        cdef uint32_t first = <uint32_t> (within >> (layer.cluster_bits - 5)), count
-        if allocated & zero or (allocated and not owned) or word & OFFSET & ((<uint64_t> 1 << layer.cluster_bits) - 1):
-            return False
-        if (allocated != 0 and ~allocated != 0) or (zero != 0 and ~zero != 0):
-            differs = (allocated ^ (0 - (allocated >> first & 1))) | (zero ^ (0 - (zero >> first & 1)))
-            differs >>= first
-            count = trailing_zeros(differs) if differs else 32 - first
-            count = (first + count << (layer.cluster_bits - 5)) - <uint32_t> within
-            if count < want[0]:
-                want[0] = count
-            out.length = want[0]
-        if allocated >> first & 1:
-            return self.to_host(layer, word, offset, out)
-        below[0] = not zero >> first & 1
-        return True
-
-    cdef bint to_host(self, PlainLayer *layer, uint64_t word, uint64_t offset, Target *out) noexcept nogil:
-        cdef uint64_t mask = (<uint64_t> 1 << layer.cluster_bits) - 1
-        if layer.opaque or layer.file.fd < 0 or word & OFFSET & mask:
-            return False
-        out.layer = layer
-        out.host = (word & OFFSET) + (offset & mask)
-        return not layer.data_file or out.host == offset
-
-    cdef bint to_stream(self, PlainLayer *layer, uint64_t word, uint64_t bitmap, uint64_t offset, uint64_t *want,
-                        Target *out) noexcept nogil:
-        """Where a compressed cluster is stored (spec: compressed clusters); it answers up to its own end."""
-        cdef uint64_t size = <uint64_t> 1 << layer.cluster_bits
-        cdef uint32_t shift = 70 - layer.cluster_bits
-        out.host = word & ((<uint64_t> 1 << shift) - 1)
-        if layer.inflated == NULL or (layer.extended and bitmap) or out.host > MAX_HOST_OFFSET:
-            return False
-        out.layer = layer
-        out.stored = (((word & (COMPRESSED - 1)) >> shift) + 1) * 512 - (out.host & 511)
-        out.skip = offset & (size - 1)
-        want[0] = min(want[0], size - out.skip)
-        out.length = want[0]
-        return True
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -266,6 +88,7 @@ cdef class FastPath:
         """
         cdef Py_buffer view
         cdef uint64_t done
+        cdef int64_t ticket
         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
         try:
             if self.closed:
@@ -281,6 +104,96 @@ cdef class FastPath:
             return done
         finally:
             PyBuffer_Release(&view)
+
+    # -- writing ----------------------------------------------------------------------------------------------------
+
+    def resize(self, uint64_t size):
+        """Let the top layer have `size` guest bytes. Only while no request is inside."""
+        self.layers[0].size = size
+        self.size = size
+
+    def make_writable(self, Passage passage not None, Fences fences not None):
+        """Let the top layer be written in place. From now on each request goes through `passage`."""
+        self.passage = passage
+        self.fences = fences
+        self.writable = True
+        self.writes_in_place = True
+
+    cdef uint64_t write_span(self, uint64_t offset, const uint8_t *buffer, uint64_t length) noexcept nogil:
+        """Write as far as this path can; returns the bytes done. Inside the passage."""
+        cdef uint64_t done = 0
+        cdef Target target
+        while done < length:
+            if not self.locate_own(offset + done, length - done, &target):
+                break
+            if not write_host(&target.layer.file, buffer + done, target.length, target.host):
+                break
+            done += target.length
+        return done
+
+    def write_from(self, uint64_t offset, buffer, uint64_t start=0):
+        """Write `buffer` at guest byte `offset`, from its byte `start` on; returns where it stopped.
+
+        That is its length, or the first byte that image.writing has to place, or that the storage refused. Raises
+        OutOfRange, Closed.
+        """
+        cdef Py_buffer view
+        cdef uint64_t done
+        cdef int64_t ticket
+        PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
+        try:
+            if self.closed:
+                raise Closed("the image is closed")
+            if offset > self.size or <uint64_t> view.len > self.size - offset:
+                raise OutOfRange(f"{view.len} bytes at offset {offset} reach beyond the end of the disk at {self.size}")
+            if not self.writable or start >= <uint64_t> view.len:
+                return min(start, <uint64_t> view.len)
+            self.active += 1
+            with nogil:
+                ticket = self.passage.enter()
+                done = start + self.write_span(offset + start, <const uint8_t *> view.buf + start, view.len - start)
+                self.passage.leave(ticket)
+            self.active -= 1
+            return done
+        finally:
+            PyBuffer_Release(&view)
+
+    def write_many(self, offsets, uint64_t length, data, int depth=1):
+        """Write `length` bytes of `data` at each offset (a buffer of int64), as read_many reads.
+
+        Returns the indexes of the requests that this path could not finish; a part of them may be written.
+        """
+        cdef Py_buffer where, source
+        cdef Batch batch = Batch()
+        PyObject_GetBuffer(offsets, &where, PyBUF_SIMPLE)
+        try:
+            PyObject_GetBuffer(data, &source, PyBUF_SIMPLE)
+            try:
+                self.fill_batch(batch, &where, &source, length)
+                batch.writing = True
+                self.run_batch(batch, depth)
+                return [i for i in range(batch.count) if batch.undone[i]]
+            finally:
+                PyBuffer_Release(&source)
+        finally:
+            PyBuffer_Release(&where)
+
+    cdef void write_some(self, Batch batch, int64_t first, int64_t end) noexcept nogil:
+        cdef int64_t i
+        if not self.writable:
+            memset(batch.undone + first, 1, end - first)
+            return
+        for i in range(first, end):
+            batch.undone[i] = self.write_span(batch.offsets[i], batch.out + i * batch.length, batch.length) < batch.length
+
+    cdef int64_t enter(self) noexcept nogil:
+        return self.passage.enter() if self.writable else 0
+
+    cdef void leave(self, int64_t ticket) noexcept nogil:
+        if self.writable:
+            self.passage.leave(ticket)
+
+    # -- many at once -----------------------------------------------------------------------------------------------
 
     def read_many(self, offsets, uint64_t length, out, int depth=1):
         """Read `length` bytes at each offset (a buffer of int64) into `out`, one behind the other.
@@ -344,8 +257,14 @@ cdef class FastPath:
 
     cdef void read_batch(self, Batch batch) noexcept nogil:
         cdef int64_t first = fetch_add(&batch.next, CLAIM)
+        cdef int64_t ticket
         while first < batch.count:
-            self.read_some(batch, first, min(first + CLAIM, batch.count))
+            ticket = self.enter()
+            if batch.writing:
+                self.write_some(batch, first, min(first + CLAIM, batch.count))
+            else:
+                self.read_some(batch, first, min(first + CLAIM, batch.count))
+            self.leave(ticket)
             first = fetch_add(&batch.next, CLAIM)
 
     cdef void read_some(self, Batch batch, int64_t first, int64_t end) noexcept nogil:

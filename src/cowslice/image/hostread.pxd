@@ -17,3 +17,4 @@ cdef uint8_t manner_of(int fd, uint32_t alignment) noexcept nogil
 cdef bint read_exactly(int fd, uint8_t *buffer, uint64_t length, uint64_t offset) noexcept nogil
 cdef bint read_host(const File *file, uint8_t *buffer, uint64_t length, uint64_t offset) noexcept nogil
 cdef bint read_at_once(const File *file, uint8_t *buffer, uint64_t length, uint64_t offset) noexcept nogil
+cdef bint write_host(const File *file, const uint8_t *buffer, uint64_t length, uint64_t offset) noexcept nogil

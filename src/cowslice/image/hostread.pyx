@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Reading a host file from compiled code: all of a span or nothing, aligned as the file wants it, waiting or not.
+"""Reading and writing a host file from compiled code: all of a span or nothing, aligned as the file wants it, waiting or not.
 
 It does not know images. An error is only told as False: who needs to know why reads again through the storage.
 """
@@ -23,6 +23,7 @@ cdef extern from "<sys/vfs.h>" nogil:
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t pread(int fd, void *buffer, size_t count, long offset)
+    ssize_t pwrite(int fd, const void *buffer, size_t count, long offset)
 
 cdef extern from "<malloc.h>" nogil:
     void *memalign(size_t alignment, size_t size)
@@ -74,6 +75,22 @@ cdef bint read_host(const File *file, uint8_t *buffer, uint64_t length, uint64_t
     if (<uint64_t> buffer | length | offset) & (file.alignment - 1):
         return read_bounced(file, buffer, length, offset)
     return read_exactly(file.fd, buffer, length, offset)
+
+
+cdef bint write_host(const File *file, const uint8_t *buffer, uint64_t length, uint64_t offset) noexcept nogil:
+    """All of it, or False: for an error, and for what an unbuffered file wants aligned. A part may be written then."""
+    cdef uint64_t done = 0
+    cdef ssize_t put
+    if (<uint64_t> buffer | length | offset) & (file.alignment - 1):
+        return False
+    while done < length:
+        put = pwrite(file.fd, buffer + done, length - done, <long> (offset + done))
+        if put < 0 and errno == EINTR:
+            continue
+        if put <= 0:
+            return False
+        done += put
+    return True
 
 
 cdef bint read_at_once(const File *file, uint8_t *buffer, uint64_t length, uint64_t offset) noexcept nogil:

@@ -125,6 +125,11 @@ class Image:
         return self._writes is not None
 
     @property
+    def zeroes_fast(self) -> bool:
+        """Whether `zero` of whole clusters writes none: all but version 2 images over a backing file."""
+        return self.header is None or self.header.version >= 3 or len(self.layers) == 1
+
+    @property
     def closed(self) -> bool:
         return self._lease.ended
 
@@ -254,7 +259,7 @@ class Image:
                 writes.discard(offset, length)
 
     def flush(self) -> None:
-        """Return when every write that ended before the call is stable, also should the machine stop. Raises StorageError.
+        """Return when every write that ended before the call is stable. Raises StorageError.
 
         After a failed flush the image takes no more writes until it is opened again.
         """
@@ -390,7 +395,7 @@ def open_image(source: Source, mode: str = "r", **options: Unpack[OpenKeywords])
 
 
 def _give_back(upkeep: Upkeep, writes: Writes | None, files: ExitStack) -> None:
-    """End the thread before the files that it reads are closed. What a forgotten image has written is kept, if it can."""
+    """End the thread before the files that it reads are closed. What a forgotten image wrote is kept, if it can be."""
     upkeep.end()
     try:
         if writes is not None:

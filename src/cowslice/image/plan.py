@@ -28,8 +28,8 @@ class Keep:
 class Rewrite:
     """How one guest cluster takes a write. `host` is its cluster's byte offset, or -1 where it needs a new one.
 
-    `keeps` must be filled from the guest's old view. `changed`: the entry changes, to `allocated` and `zero` subclusters
-    (0 without them). `dropped` are host spans (offset, bytes) that lose a reference.
+    `keeps` must be filled from the guest's old view. `changed`: the entry changes, to `allocated` and `zero`
+    subclusters (0 without them). `dropped` are host spans (offset, bytes) that lose a reference.
     """
 
     cluster: int
@@ -135,8 +135,8 @@ class Planner:
             return Rewrite(cluster, entry.host_offset, keeps, changed, entry.allocated | touched, entry.zero & ~touched)
         copied = ALL_SUBCLUSTERS if entry.kind is Kind.COMPRESSED else entry.allocated
         keeps = tuple(self._keeps(entry, touched | copied, begin, end, covered=covered))
-        return Rewrite(cluster, self._own_place(cluster), keeps, True, copied | touched, entry.zero & ~touched & ~copied,
-                       self.span_of(entry))
+        zero = entry.zero & ~touched & ~copied
+        return Rewrite(cluster, self._own_place(cluster), keeps, True, copied | touched, zero, self.span_of(entry))
 
     def _keeps(self, entry: Entry, wanted: int, begin: int, end: int, *, covered: bool) -> Iterator[Keep]:
         """What of the subclusters in `wanted` lies outside [begin, end); neighbours that are alike together."""

@@ -38,6 +38,9 @@ class SectorCipher(Protocol):
     def decrypt(self, first_sector: int, data: bytes) -> bytes:
         """Return the plain bytes of whole sectors, the first of which has number `first_sector`."""
 
+    def encrypt(self, first_sector: int, data: bytes | memoryview) -> bytes:
+        """Return the enciphered bytes of whole sectors, numbered alike."""
+
 
 class Qcow2Layer(Layer):
     """The mapping and content of one qcow2 image, active or of one internal snapshot.

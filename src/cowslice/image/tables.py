@@ -62,7 +62,7 @@ class Tables:
         self._l2_bits = layer.geometry.l2_bits
 
     def own_table(self, cluster: int) -> None:
-        """Make sure that the L2 table of a guest cluster exists and is ours alone. Raises StorageError, CorruptImage."""
+        """Make sure that a guest cluster has an L2 table that is ours alone. Raises StorageError, CorruptImage."""
         index = cluster >> self._l2_bits
         word = self.l1[index]
         if word & COPIED and word & L1_OFFSET_MASK:

@@ -49,6 +49,7 @@ def open_writes(chain: Chain, options: OpenOptions, fast: FastPath | None) -> Wr
         return RawWrites(top, passage)
     writer = open_writer(chain.layers, refcount_budget=chain.refcount_budget, slice_budget=chain.cache.budget)
     fast.make_writable(writer.tables.passage, writer.tables.fences)
+    fast.writes_in_place = options.detect_zeroes == "off"
     return Qcow2Writes(writer, DiscardRules(keep_reference=options.discard_no_unref))
 
 
@@ -116,6 +117,7 @@ def _fence(fences: Fences, offset: int, length: int, size: int, kind: Structure)
     whole = -(-(offset + length - start) // size) * size
     found = fences.hit(start, whole)
     if found is not None:
-        raise CorruptImage(f"{kind.label} at {offset:#x} lies on {Structure(found[2]).label}, expected each in clusters "
-                           "of its own", structure=kind.label, offset=offset, hint="Repair it with `cowslice check`.")
+        raise CorruptImage(f"{kind.label} at {offset:#x} lies on {Structure(found[2]).label}, expected each in "
+                           "clusters of its own", structure=kind.label, offset=offset,
+                           hint="Repair it with `cowslice check -r all`.")
     fences.add(start, whole, kind)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from cowslice.errors import Closed, CowsliceError, CryptoError, ImageError, StorageError
+from cowslice.errors import Closed, CowsliceError, CryptoError, ImageError, StorageError, UnsupportedImage
 from cowslice.nbd.buffer import Bytes
 from cowslice.nbd.events import BadRequest, Request, Session
 from cowslice.nbd.replies import Data, Hole, Replies
@@ -58,8 +58,27 @@ class Answers:
             return [self._status(request)]
         if request.command == Command.CACHE:
             self._read_ahead(request.offset, min(request.length, MOST_CACHED))
-        # FLUSH has nothing to do where nothing is written; what writes was refused before it came here.
+        else:
+            self._change(request)
         return [self._replies.done(request)]
+
+    def _change(self, request: Request) -> None:
+        """What writes; on a read-only export only FLUSH comes here, and has nothing to do."""
+        flags, disk = request.flags, self._disk
+        if request.command == Command.WRITE:
+            disk.write(request.offset, request.payload)
+        elif request.command == Command.TRIM:
+            disk.discard(request.offset, request.length)
+        elif request.command == Command.WRITE_ZEROES:
+            self._zero(request)
+        if request.command == Command.FLUSH or flags & CommandFlag.FUA:
+            disk.flush()
+
+    def _zero(self, request: Request) -> None:
+        """FAST_ZERO promises that it is no slower than writing: it never is, but where the format cannot say zeros."""
+        if request.flags & CommandFlag.FAST_ZERO and not self._disk.zeroes_fast:
+            raise UnsupportedImage("this image cannot say that clusters read as zeros", features=("fast zero",))
+        self._disk.zero(request.offset, request.length, keep=bool(request.flags & CommandFlag.NO_HOLE))
 
     def _read(self, request: Request) -> Sequence[Bytes]:
         offset, length = request.offset, request.length
@@ -104,6 +123,8 @@ class Answers:
         self._tell(request, fault)
         if isinstance(fault, Closed):
             return self._replies.error(request, NbdError.ESHUTDOWN, "the disk was closed")
+        if isinstance(fault, UnsupportedImage):
+            return self._replies.error(request, NbdError.ENOTSUP, "the image cannot do that")
         if isinstance(fault, StorageError):
             return self._replies.error(request, error_from_errno(fault.errno or 0), "the storage failed")
         if isinstance(fault, ImageError):

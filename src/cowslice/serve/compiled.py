@@ -31,7 +31,8 @@ from cowslice.serve.transmission import Limits, count_answer
 from cowslice.serve.workers import Workers
 
 _BARE = (Command.READ, Command.FLUSH, Command.CACHE)  # nothing but a header: to be judged without being read again
-_LONG = (Command.BLOCK_STATUS, Command.CACHE)  # come from the loop itself, which must go on meanwhile
+# They come from the loop itself, which must go on meanwhile.
+_LONG = (Command.BLOCK_STATUS, Command.CACHE, Command.FLUSH, Command.TRIM, Command.WRITE_ZEROES)
 GARBAGE, IDLE, FAULT = "garbage", "idle", "fault"  # of nbd_loop.ENDS, those that are worth a word
 
 

@@ -57,21 +57,26 @@ class Export:
     """One image under one name; the empty name is the default export.
 
     `allocation_depth` also offers that context, `bitmaps` those dirty bitmaps, found in the chain from the top down.
-    `max_request` bounds the payload of a request in bytes. The image stays the caller's, and must stay open meanwhile.
+    `max_request` bounds the payload of a request in bytes. `writable` lets clients write, if the image was opened so: a
+    flush on one connection covers what all have written, so `multi_conn` is true for it too. The image stays
+    the caller's, and must stay open meanwhile.
     Raises BadOption for a bitmap that is not there, damaged or in use, and for text that the protocol cannot carry.
     """
 
     def __init__(
         self, disk: Image, name: str = "", *, description: str = "", allocation_depth: bool = False,
         bitmaps: Sequence[str] = (), multi_conn: bool = True, max_request: int = BlockSizes().maximum,
+        writable: bool = False,
     ) -> None:
+        if writable and not disk.writable:
+            raise BadOption(f"'{disk.path}' was opened for reading only, so it cannot be served for writing")
         self.disk = disk
         self.name = name
         self._bitmaps = {DIRTY_BITMAP + wanted: find_bitmap(disk, wanted) for wanted in bitmaps}
         depth = (ALLOCATION_DEPTH,) if allocation_depth else ()
         try:
             self.offer = Offer(
-                name, disk.size, flags=export_flags(writable=False, multi_conn=multi_conn), description=description,
+                name, disk.size, flags=export_flags(writable=writable, multi_conn=multi_conn), description=description,
                 block_sizes=BlockSizes(maximum=max_request), contexts=(BASE_ALLOCATION, *depth, *self._bitmaps))
         except LocalProtocolError as fault:
             raise BadOption(str(fault)) from None

@@ -106,7 +106,7 @@ class Counters:
 
 
 class _Loop(Protocol):
-    """A compiled loop, as far as it concerns us: it answers reads only."""
+    """A compiled loop, as far as it concerns us: it answers reads and writes in place."""
 
     def counters(self) -> Mapping[str, Any]: ...
 
@@ -122,6 +122,8 @@ class LoopCounters:
         told, counts = self._loop.counters(), no_counts()
         counts["requests"]["read"] = told["reads"]
         counts["bytes"]["read"] = told["bytes"]
+        counts["requests"]["write"] = told["writes"]
+        counts["bytes"]["write"] = told["written"]
         counts["latency"] = told["latencies"]
         counts["latency_ns"] = round(told["latency_seconds"] * 1e9)
         counts["heat"] = told["heat"]

@@ -36,4 +36,5 @@ cdef bint reserve(Arena *arena, uint64_t wanted) noexcept nogil
 cdef bint decode_request(int mode, const uint8_t *p, Ask *ask) noexcept nogil
 cdef uint8_t *put_data(int mode, Arena *out, const Ask *ask, uint64_t offset, uint64_t length, uint16_t flags) noexcept nogil
 cdef bint put_hole(int mode, Arena *out, const Ask *ask, uint64_t offset, uint64_t length, uint16_t flags) noexcept nogil
+cdef void put_done(int mode, Arena *out, const Ask *ask) noexcept nogil
 cdef uint8_t *put_chunk(int mode, uint8_t *p, const Ask *ask, uint16_t kind, uint16_t flags, uint64_t length) noexcept nogil

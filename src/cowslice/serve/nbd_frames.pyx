@@ -20,6 +20,7 @@ cdef uint32_t STRUCTURED_REPLY = 0x668e33ef
 cdef uint32_t EXTENDED_REPLY = 0x6e8a278c
 
 cdef enum:
+    NONE = 0
     OFFSET_DATA = 1
     OFFSET_HOLE = 2
     LEAST_ROOM = 1 << 20        # of an arena
@@ -105,6 +106,18 @@ cdef bint put_hole(int mode, Arena *out, const Ask *ask, uint64_t offset, uint64
     put32(body + 8, <uint32_t> length)
     out.used += (body - p) + 12
     return True
+
+
+cdef void put_done(int mode, Arena *out, const Ask *ask) noexcept nogil:
+    """Say that a request without data is done. The arena has room for 64 bytes."""
+    cdef uint8_t *p = out.bytes + out.used
+    if mode == SIMPLE:
+        put32(p, SIMPLE_REPLY)
+        put32(p + 4, 0)
+        put64(p + 8, ask.cookie)
+        out.used += 16
+    else:
+        out.used += put_chunk(mode, p, ask, NONE, REPLY_DONE, 0) - p
 
 
 cdef uint8_t *put_chunk(int mode, uint8_t *p, const Ask *ask, uint16_t kind, uint16_t flags, uint64_t length) noexcept nogil:

@@ -3,7 +3,8 @@
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from cowslice.cache.pthread cimport pthread_cond_t, pthread_mutex_t
-from cowslice.image.fastpath cimport FastPath, Target
+from cowslice.image.translation cimport Target
+from cowslice.serve.nbd_answering cimport Answering
 from cowslice.serve.nbd_frames cimport Arena, Ask
 from cowslice.serve.nbd_tally cimport Tally
 
@@ -14,13 +15,10 @@ cdef struct Job:
     Ask ask
     Job *next
 
-cdef class Loop:
-    cdef FastPath fast
+cdef class Loop(Answering):
     cdef object handover
     cdef readonly object fault  # what `handover` raised, or None
     cdef int fd
-    cdef int mode
-    cdef uint64_t size
     cdef uint64_t max_request
     cdef uint64_t most_bytes
     cdef uint32_t most_requests
@@ -56,12 +54,8 @@ cdef class Loop:
     cdef int take_one(self, Ask *ask, uint64_t *size) noexcept nogil
     cdef bint plain(self, const Ask *ask) noexcept nogil
     cdef bint answer_batch(self, Ask *asks, uint32_t count) noexcept nogil
-    cdef void locate_batch(self, const Ask *asks, uint32_t count, Target *targets) noexcept nogil
-    cdef bint inflates(self, const Ask *ask, Target *target) noexcept nogil
-    cdef bint answer(self, const Ask *ask, const Target *target, Arena *out) noexcept nogil
-    cdef bint answer_slowly(self, const Ask *ask, Arena *out) noexcept nogil
-    cdef bint answer_in_chunks(self, const Ask *ask, Arena *out) noexcept nogil
-    cdef bint stretch_at(self, uint64_t offset, uint64_t want, uint64_t *length, bint *hole) noexcept nogil
+    cdef bint answer_inside(self, const Ask *ask, Target *target) noexcept nogil
+    cdef bint write_here(self, const Ask *ask, const uint8_t *payload) noexcept nogil
     cdef bint send_all(self, const uint8_t *data, uint64_t size) noexcept nogil
     cdef bint flush(self) noexcept nogil
     cdef void admit(self, uint64_t length) noexcept nogil

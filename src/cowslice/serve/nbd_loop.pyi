@@ -2,10 +2,11 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from cowslice.image.fastpath import FastPath
+from cowslice.serve.nbd_answering import Answering
 
 ENDS: Final[tuple[str, ...]]
 
-class Loop:
+class Loop(Answering):
     fault: BaseException | None
     def __init__(
         self,

@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """The compiled transmission of one NBD connection: every request that one `recv` brings, answered by one `send`.
 
-It answers plain reads; all else is handed over to Python, which knows commands, contexts and errors. It does not know the
+It answers plain reads and writes in place; all else is handed over to Python, which knows commands, contexts and errors. It does not know the
 handshake nor who listens. What must hold: no lock is kept across I/O on an image, a reply is sent whole, and a client
 that stalls, vanishes or lies costs nobody but itself.
 
@@ -10,7 +10,7 @@ when first needed.
 """
 
 from libc.errno cimport EINTR, errno
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
@@ -18,12 +18,12 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from cowslice.cache.pthread cimport (
     pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_signal, pthread_cond_wait, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock)
-from cowslice.image.fastpath cimport FastPath, Target
-from cowslice.image.hostread cimport read_at_once
+from cowslice.image.fastpath cimport FastPath
+from cowslice.image.translation cimport Target
+from cowslice.serve.nbd_answering cimport Answering
 from cowslice.serve.nbd_frames cimport (
-    DISC, DONT_FRAGMENT, EXTENDED, FUA, PAYLOAD_LEN, READ, REPLY_DONE, SIMPLE, WRITE, Arena, Ask, decode_request, put_data, put_hole,
-    reserve)
-from cowslice.serve.nbd_tally cimport Tally, count_reads, describe
+    DISC, DONT_FRAGMENT, EXTENDED, FUA, PAYLOAD_LEN, READ, SIMPLE, WRITE, Arena, Ask, decode_request, put_done, reserve)
+from cowslice.serve.nbd_tally cimport Tally, count_reads, count_write, describe
 
 import os
 import socket
@@ -44,7 +44,6 @@ cdef extern from "<sys/socket.h>" nogil:
 cdef enum:
     ROOM = 256 << 10            # bytes that one recv may bring
     ARENA = 1 << 20             # bytes of replies put together before they are sent
-    LEAST_HOLE = 4096           # a shorter hole costs more as a chunk of its own than as zeros
     MAX_PAYLOAD = 32 << 20      # that the protocol lets a client send without asking
     MOST_WAITING = 16           # threads of one connection that may wait for a device
 
@@ -60,7 +59,7 @@ cdef inline uint64_t now_ns() noexcept nogil:
     return <uint64_t> t.tv_sec * 1_000_000_000 + t.tv_nsec
 
 
-cdef class Loop:
+cdef class Loop(Answering):
     """One connection after its handshake.
 
     `descriptor` is the connected socket, which stays the caller's; `fast` the disk; `mode` 0, 1 or 2 for simple, structured or
@@ -223,6 +222,8 @@ cdef class Loop:
             ask.arrived = arrived
             if self.plain(ask):
                 count += 1
+            elif ask.command == WRITE and self.write_here(ask, self.incoming + self.start + head):
+                pass
             elif not self.pass_on(ask, self.incoming + self.start + head, size - head):
                 end = FAULT
             self.start += size
@@ -269,11 +270,15 @@ cdef class Loop:
         """Translate what is resident under one lock, then read. False: the connection is broken."""
         cdef Target targets[BATCH]
         cdef uint32_t i
-        self.locate_batch(asks, count, targets)
+        if not self.fast.writable:
+            self.locate_batch(asks, count, targets)
         for i in range(count):
             if self.out.used and self.out.used + asks[i].length + 64 > ARENA and not self.flush():
                 return False
-            if self.answer(&asks[i], &targets[i], &self.out):
+            if self.fast.writable:
+                if self.answer_inside(&asks[i], &targets[i]):
+                    continue
+            elif self.answer(&asks[i], &targets[i], &self.out):
                 continue
             if not self.fast.in_memory or self.inflates(&asks[i], &targets[i]):
                 if not self.enqueue(&asks[i]):
@@ -285,96 +290,34 @@ cdef class Loop:
         pthread_mutex_unlock(&self.lock)
         return True
 
-    cdef void locate_batch(self, const Ask *asks, uint32_t count, Target *targets) noexcept nogil:
-        cdef uint32_t i, deep
-        if self.fast.maps_count:
-            pthread_mutex_lock(&self.fast.cache.lock)
-        for deep in range(2):
-            for i in range(count):
-                self.fast.foresee(asks[i].offset, deep)
-        for i in range(count):
-            if not self.fast.locate(asks[i].offset, asks[i].length, True, &targets[i]):
-                targets[i].length = 0
-        if self.fast.maps_count:
-            pthread_mutex_unlock(&self.fast.cache.lock)
+    cdef bint answer_inside(self, const Ask *ask, Target *target) noexcept nogil:
+        """Translate and read one request of a disk that changes, inside the passage but never across a send."""
+        cdef int64_t ticket = self.fast.enter()
+        cdef bint answered
+        self.locate_batch(ask, 1, target)
+        answered = self.answer(ask, target, &self.out)
+        self.fast.leave(ticket)
+        return answered
 
-    cdef bint inflates(self, const Ask *ask, Target *target) noexcept nogil:
-        """Whether a read of a disk in memory begins in a compressed cluster, which is work enough for another thread."""
-        if target.length == 0 and not self.fast.locate(ask.offset, ask.length, False, target):
+    cdef bint write_here(self, const Ask *ask, const uint8_t *payload) noexcept nogil:
+        """Overwrite in place what is the disk's alone. False, and no answer, for all that Python must see."""
+        cdef int64_t ticket
+        cdef uint64_t done
+        if not self.fast.writable or ask.flags != (PAYLOAD_LEN if self.mode == EXTENDED else 0):
             return False
-        return target.stored != 0
-
-    cdef bint answer(self, const Ask *ask, const Target *target, Arena *out) noexcept nogil:
-        """A read that lies in one piece and needs no waiting; False for any other."""
-        cdef uint64_t before = out.used
-        cdef uint8_t *data
-        if target.length < ask.length or target.stored:
+        if not 0 < ask.length <= self.max_request or ask.length > self.size or ask.offset > self.size - ask.length:
             return False
-        if target.layer == NULL and self.mode != SIMPLE and not ask.flags & DONT_FRAGMENT and ask.length >= LEAST_HOLE:
-            return put_hole(self.mode, out, ask, ask.offset, ask.length, REPLY_DONE)
-        if not reserve(out, 64 + ask.length):
+        if (self.out.used + 64 > ARENA and not self.flush()) or not reserve(&self.out, 64):
             return False
-        data = put_data(self.mode, out, ask, ask.offset, ask.length, REPLY_DONE)
-        if target.layer == NULL:
-            memset(data, 0, ask.length)
-        elif not read_at_once(&target.layer.file, data, ask.length, target.host):
-            out.used = before
+        ticket = self.fast.enter()
+        done = self.fast.write_span(ask.offset, payload, ask.length)
+        self.fast.leave(ticket)
+        if done < ask.length:
             return False
-        return True
-
-    cdef bint answer_slowly(self, const Ask *ask, Arena *out) noexcept nogil:
-        """Any plain read, piece by piece, loading what is not resident. False, and nothing in the arena, where Python must help."""
-        cdef uint64_t before = out.used
-        cdef uint8_t *data
-        if not reserve(out, 64 + ask.length):
-            return False
-        if self.mode != SIMPLE and not ask.flags & DONT_FRAGMENT:
-            if self.answer_in_chunks(ask, out):
-                return True
-        else:
-            data = put_data(self.mode, out, ask, ask.offset, ask.length, REPLY_DONE)
-            if self.fast.read_span(ask.offset, data, ask.length) == ask.length:
-                return True
-        out.used = before
-        return False
-
-    cdef bint answer_in_chunks(self, const Ask *ask, Arena *out) noexcept nogil:
-        """One chunk for each stretch of data and each hole worth it."""
-        cdef uint64_t done = 0, stretch
-        cdef uint16_t flags
-        cdef uint8_t *data
-        cdef bint hole
-        while done < ask.length:
-            if not self.stretch_at(ask.offset + done, ask.length - done, &stretch, &hole):
-                return False
-            flags = REPLY_DONE if done + stretch == ask.length else 0
-            if hole:
-                if not put_hole(self.mode, out, ask, ask.offset + done, stretch, flags):
-                    return False
-            else:
-                if not reserve(out, 64 + stretch):
-                    return False
-                data = put_data(self.mode, out, ask, ask.offset + done, stretch, flags)
-                if self.fast.read_span(ask.offset + done, data, stretch) < stretch:
-                    return False
-            done += stretch
-        return True
-
-    cdef bint stretch_at(self, uint64_t offset, uint64_t want, uint64_t *length, bint *hole) noexcept nogil:
-        """How far from `offset` it is all data (short holes included), or all one hole worth a chunk."""
-        cdef Target target
-        length[0] = 0
-        hole[0] = False
-        while length[0] < want:
-            if not self.fast.locate(offset + length[0], want - length[0], False, &target):
-                return False
-            if target.layer == NULL and (hole[0] or target.length >= LEAST_HOLE):
-                if length[0] and not hole[0]:
-                    return True
-                hole[0] = True
-            elif hole[0]:
-                return True
-            length[0] += target.length
+        put_done(self.mode, &self.out, ask)
+        pthread_mutex_lock(&self.lock)
+        count_write(&self.tally, self.size, ask, now_ns())
+        pthread_mutex_unlock(&self.lock)
         return True
 
     cdef bint send_all(self, const uint8_t *data, uint64_t size) noexcept nogil:

@@ -11,6 +11,8 @@ cdef enum:
 cdef struct Tally:
     uint64_t reads
     uint64_t bytes
+    uint64_t writes
+    uint64_t written
     uint64_t handed_over
     uint64_t sends
     uint64_t latency_sum    # nanoseconds
@@ -18,4 +20,5 @@ cdef struct Tally:
     uint32_t heat[HEAT]
 
 cdef void count_reads(Tally *tally, uint64_t size, const Ask *asks, uint32_t count, uint64_t now) noexcept nogil
+cdef void count_write(Tally *tally, uint64_t size, const Ask *ask, uint64_t now) noexcept nogil
 cdef dict describe(const Tally *tally)

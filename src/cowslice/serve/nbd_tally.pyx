@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Counts of the reads that compiled code answers: how many, how large, how long they took, where on the disk.
+"""Counts of the reads and writes that compiled code answers: how many, how large, how long they took, where on the disk.
 
 It takes no lock and reads no clock: the caller does both.
 """
@@ -25,10 +25,19 @@ cdef void count_reads(Tally *tally, uint64_t size, const Ask *asks, uint32_t cou
     tally.reads += count
 
 
+cdef void count_write(Tally *tally, uint64_t size, const Ask *ask, uint64_t now) noexcept nogil:
+    """Add a write, as count_reads adds reads."""
+    count_reads(tally, size, ask, 1, now)
+    tally.reads -= 1
+    tally.bytes -= ask.length
+    tally.writes += 1
+    tally.written += ask.length
+
+
 cdef dict describe(const Tally *tally):
-    """For Python: reads, bytes, handed_over, sends, latency_seconds, latencies (bucket n: below 2**n us), heat."""
+    """For Python: reads, bytes, writes, written, handed_over, sends, latency_seconds, latencies (bucket n: below 2**n us), heat."""
     return {
-        "reads": tally.reads, "bytes": tally.bytes, "handed_over": tally.handed_over, "sends": tally.sends,
+        "reads": tally.reads, "bytes": tally.bytes, "writes": tally.writes, "written": tally.written, "handed_over": tally.handed_over, "sends": tally.sends,
         "latency_seconds": tally.latency_sum / 1e9,
         "latencies": [tally.latencies[i] for i in range(LATENCIES)],
         "heat": [tally.heat[i] for i in range(HEAT)],

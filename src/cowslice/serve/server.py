@@ -194,14 +194,16 @@ class Server:
 def serve(
     disk: Image | Mapping[str, Image] | Export | Iterable[Export], *, unix: str | os.PathLike[str] | None = None,
     host: str | None = None, port: int | None = None, name: str = "", description: str = "",
-    allocation_depth: bool = False, bitmaps: Sequence[str] = (), tls: Credentials | None = None,
+    writable: bool = False, allocation_depth: bool = False, bitmaps: Sequence[str] = (),
+    tls: Credentials | None = None,
     max_clients: int = MAX_CLIENTS, persistent: bool = True, limits: Limits | None = None,
     metrics: Metrics | None = None, report: Callable[[str], None] = _log.warning,
 ) -> Server:
-    """Serve open images over NBD, read-only, from threads of this process; `with` closes the server.
+    """Serve open images over NBD from threads of this process; `with` closes the server.
 
     disk: an image, served as `name` with `description`; or images by name; or exports made by hand.
     unix: path of a socket; host and port: TCP, by default port 10809 of 127.0.0.1; both may be given, one must be.
+    writable: let clients write to images that were opened with mode "r+"; by default they only read.
     allocation_depth, bitmaps: offer these metadata contexts as well. tls: Certificates or PresharedKeys.
     The rest is as `Server` and `Limits` say.
 
@@ -211,7 +213,7 @@ def serve(
     if unix is None and host is None and port is None:
         raise BadOption("the server listens nowhere, expected unix=PATH, host=ADDRESS or port=NUMBER")
     exports = _exports(disk, name=name, description=description, allocation_depth=allocation_depth, bitmaps=bitmaps,
-                       multi_conn=max_clients != 1, max_request=limits.max_request)
+                       writable=writable, multi_conn=max_clients != 1, max_request=limits.max_request)
     listeners = [] if unix is None else [listen_unix(unix)]
     try:
         if host is not None or port is not None:

@@ -240,9 +240,17 @@ def test_many_threads_read_one_image_through_a_tiny_cache(tmp_path: Path, make: 
     assert wrong == []
 
 
-def test_opening_for_writing_is_refused_with_the_reason(tmp_path: Path, model: ModelImage) -> None:
-    with pytest.raises(cowslice.BadOption, match="does not write"):
-        cowslice.open(tmp_path / "disk.qcow2", mode="r+")
+def test_an_unknown_mode_is_refused_with_those_that_exist(tmp_path: Path, model: ModelImage) -> None:
+    with pytest.raises(cowslice.BadOption, match=r"mode is 'w', expected 'r' or 'r\+'"):
+        cowslice.open(tmp_path / "disk.qcow2", mode="w")
+
+
+def test_what_was_opened_for_reading_is_not_written(tmp_path: Path, model: ModelImage) -> None:
+    with cowslice.open(tmp_path / "disk.qcow2") as disk:
+        for change in (lambda: disk.write(0, b"x"), lambda: disk.zero(0, 1), lambda: disk.discard(0, 1)):
+            with pytest.raises(cowslice.ReadOnly, match="opened for reading only"):
+                change()
+        assert not disk.writable
 
 
 def test_an_unknown_option_is_refused_with_those_that_exist(tmp_path: Path, model: ModelImage) -> None:

@@ -92,7 +92,7 @@ class Loop:
     def counters(self) -> dict[str, object]:
         latencies, heat = [0] * m.LATENCIES, [0] * m.HEAT
         latencies[3], heat[5] = 7, 7
-        counted = {"reads": 7, "bytes": 7 * 4096, "latency_seconds": 5e-5}
+        counted = {"reads": 7, "bytes": 7 * 4096, "writes": 2, "written": 1024, "latency_seconds": 5e-5}
         return {**counted, "latencies": latencies, "heat": heat, "sends": 1}
 
 
@@ -108,6 +108,7 @@ def test_a_connection_may_count_in_two_places() -> None:
     assert before.counts == after.counts
     assert after.counts["requests"]["read"] == 8
     assert after.counts["bytes"]["read"] == 7 * 4096 + 1
+    assert (after.counts["requests"]["write"], after.counts["bytes"]["write"]) == (2, 1024)
     assert (after.counts["latency"][3], after.counts["heat"][5], after.counts["latency_ns"]) == (7, 7, 51_000)
 
 

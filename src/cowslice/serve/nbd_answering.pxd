@@ -1,0 +1,18 @@
+"""Answers of compiled code to NBD reads."""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from cowslice.image.fastpath cimport FastPath
+from cowslice.image.translation cimport Target
+from cowslice.serve.nbd_frames cimport Arena, Ask
+
+cdef class Answering:
+    cdef FastPath fast
+    cdef int mode
+    cdef uint64_t size
+    cdef void locate_batch(self, const Ask *asks, uint32_t count, Target *targets) noexcept nogil
+    cdef bint inflates(self, const Ask *ask, Target *target) noexcept nogil
+    cdef bint answer(self, const Ask *ask, const Target *target, Arena *out) noexcept nogil
+    cdef bint answer_slowly(self, const Ask *ask, Arena *out) noexcept nogil
+    cdef bint answer_in_chunks(self, const Ask *ask, Arena *out) noexcept nogil
+    cdef bint stretch_at(self, uint64_t offset, uint64_t want, uint64_t *length, bint *hole) noexcept nogil
