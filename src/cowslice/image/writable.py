@@ -86,7 +86,7 @@ def check_writable(layer: Qcow2Layer) -> None:
     if layer.first.bitmaps is not None:
         raise UnsupportedImage(f"'{name}' has dirty bitmaps, which this version cannot keep while it writes",
                                features=("dirty bitmaps",))
-    if header.autoclear & ~_KEPT_TRUE:
+    if header.autoclear & _KEPT_TRUE != header.autoclear:  # not `& ~`: that has only the bits that we know
         switch_header(layer, autoclear=header.autoclear & _KEPT_TRUE)
 
 

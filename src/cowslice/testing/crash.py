@@ -6,6 +6,7 @@ the write had ended; until then each of its sectors may be there or not, whateve
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import random
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from cowslice.errors import StorageError
 from cowslice.storage.base import Storage, check_span
 from cowslice.storage.memory import MemoryStorage
 from cowslice.storage.wrappers import WrappedStorage
@@ -128,10 +130,35 @@ class LyingStorage(WrappedStorage):
         self.lies = frozenset(lies)
         self.syncs = 0
 
+    def lie(self, *which: int) -> None:
+        """Take these of the syncs from now on away; 0 is the next one."""
+        self.lies = frozenset(self.syncs + number for number in which)
+
     def sync(self) -> None:
         number, self.syncs = self.syncs, self.syncs + 1
         if number not in self.lies:
             self.inner.sync()
+
+
+class FailingSync(WrappedStorage):
+    """Fail the next sync after `fail()`, and forget what it should have covered: no later sync makes that stable."""
+
+    def __init__(self, inner: CrashStorage) -> None:
+        super().__init__(inner)
+        self.record = inner.record
+        self.fails = False
+
+    def fail(self) -> None:
+        self.fails = True
+
+    def sync(self) -> None:
+        if not self.fails:
+            return self.inner.sync()
+        self.fails = False
+        with self.record.lock:
+            settled = max((at for at, event in enumerate(self.record.events) if isinstance(event, Sync)), default=0)
+            self.record.under_way.update(range(settled, len(self.record.events)))
+        raise StorageError.of(OSError(errno.EIO, ""), "sync", self.name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,20 +37,22 @@ class Shape:
     backing: str = "none"
     data_file: str = "none"
     encryption: str = "none"
+    guest_bytes: int = 0
 
     @property
     def size(self) -> int:
-        """Guest bytes: some dozens of clusters, several L2 tables where they are small, an end inside a cluster."""
-        return max(200 * KiB, 21 * self.cluster_size) - (self.cluster_size // 2 // SECTOR * SECTOR)
+        """`guest_bytes`, or dozens of clusters, several L2 tables where they are small, an end inside a cluster."""
+        return self.guest_bytes or max(200 * KiB, 21 * self.cluster_size) - (self.cluster_size // 2 // SECTOR * SECTOR)
 
     @property
     def secret(self) -> str | None:
         return SECRET if self.encryption != "none" else None
 
     @property
-    def discards(self) -> bool:
-        """Whether a discarded cluster reads as zeros: version 2 cannot say that over a backing file."""
-        return self.version == 3 or self.backing == "none"
+    def backing_bytes(self) -> int:
+        """How much of the disk the backing file covers."""
+        whole = {"none": 0, "short": self.size * 2 // 3 // SECTOR * SECTOR}
+        return whole.get(self.backing, self.size)
 
     @property
     def compresses(self) -> bool:
@@ -160,15 +162,11 @@ def _below(shape: Shape) -> bytearray:
     """What the disk holds before its first write: the bytes of the backing file."""
     content = bytearray(shape.size)
     if shape.backing != "none":
-        end = _below_size(shape)
+        end = shape.backing_bytes
         content[:end] = random.Random(7).randbytes(end)
         hole = slice(shape.size // 4 // SECTOR * SECTOR, shape.size // 3 // SECTOR * SECTOR)
         content[hole] = bytes(hole.stop - hole.start)
     return content
-
-
-def _below_size(shape: Shape) -> int:
-    return shape.size * 2 // 3 // SECTOR * SECTOR if shape.backing == "short" else shape.size
 
 
 def _make_backing(shape: Shape, place: Path) -> list[str]:
@@ -176,7 +174,7 @@ def _make_backing(shape: Shape, place: Path) -> list[str]:
     if shape.backing == "none":
         return []
     content = _below(shape)
-    (place / "base").write_bytes(content[: _below_size(shape)])
+    (place / "base").write_bytes(content[: shape.backing_bytes])
     if shape.backing != "qcow2":
         return ["-b", "base", "-F", "raw"]
     overlay = ["-q", "-f", "qcow2", "-b", "base", "-F", "raw", "-o", "cluster_size=8k"]
@@ -214,10 +212,13 @@ class Twin:
         self.model.zero(offset, length)
 
     def discard(self, offset: int, length: int) -> None:
-        """Whole clusters read as zeros afterwards, or over a backing file of version 2 as before; all else stays."""
+        """Whole clusters read as zeros afterwards; all else stays.
+
+        Version 2 keeps what it cannot forget: where a span begins with a cluster that a backing file covers, all of it.
+        """
         self.disk.discard(offset, length)
         start, end = self.whole_clusters(offset, length)
-        if start < end and self.shape.discards:
+        if start < end and (self.shape.version == 3 or start >= self.shape.backing_bytes):
             self.model.zero(start, end - start)
 
     def whole_clusters(self, offset: int, length: int) -> tuple[int, int]:
@@ -254,6 +255,7 @@ def judge(files: Files, model: ModelDisk) -> None:
     wrong = model.differs(0, files.qemu_reads())
     assert wrong is None, f"QEMU reads byte {wrong} of {files.shape} otherwise"
     if files.shape.data_file == "raw":
-        wrong = model.differs(0, (files.directory / "data").read_bytes().ljust(model.size, b"\0"))
+        data = (files.directory / "data").read_bytes()  # QEMU makes it whole clusters long
+        wrong = model.differs(0, data[: model.size].ljust(model.size, b"\0"))
         assert wrong is None, f"the raw data file of {files.shape} has another byte {wrong}"
 
