@@ -31,7 +31,7 @@ NEIGHBOURS = {("units", "errors")}  # the ground floor's one step: a bad size is
 LOADED_LATE = {
     *("aiohttp", "asyncio", "botocore", "concurrent", "fsspec", "importlib", "multiprocessing", "s3fs", "tempfile"),
     *("backports", "compression", "cryptography", "ctypes", "isal", "numpy"),
-    *("hypothesis", "matplotlib", "re", "rich", "urllib"),
+    *("gzip", "hypothesis", "matplotlib", "re", "rich", "urllib"),
 }
 
 # Our own modules that few runs need, for the same reason. They point down and close no cycle like any other import.

@@ -130,7 +130,8 @@ def test_a_server_is_listed(image: Path, place: str) -> None:
 
 
 @pytest.mark.parametrize("arguments, status, said", [
-    (["--writable", "IMAGE"], 1, "does not write"),
+    (["--writable", "-r", "IMAGE"], 64, "excludes -r"),
+    (["--writable", "-l", "x", "IMAGE"], 64, "a snapshot never changes"),
     ([], 64, "Missing argument"),
     (["-L", "IMAGE"], 64, "takes no IMAGE"),
     (["IMAGE", "IMAGE"], 64, "different names"),

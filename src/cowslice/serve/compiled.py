@@ -30,7 +30,8 @@ from cowslice.serve.stream import Stream
 from cowslice.serve.transmission import Limits, count_answer
 from cowslice.serve.workers import Workers
 
-_BARE = (Command.READ, Command.FLUSH, Command.CACHE)  # nothing but a header: to be judged without being read again
+# Nothing but a header, or data behind one: to be judged without being read again.
+_BARE = (Command.READ, Command.WRITE, Command.FLUSH, Command.TRIM, Command.CACHE, Command.WRITE_ZEROES)
 # They come from the loop itself, which must go on meanwhile.
 _LONG = (Command.BLOCK_STATUS, Command.CACHE, Command.FLUSH, Command.TRIM, Command.WRITE_ZEROES)
 GARBAGE, IDLE, FAULT = "garbage", "idle", "fault"  # of nbd_loop.ENDS, those that are worth a word
@@ -110,7 +111,7 @@ def judged(
 ) -> Request | BadRequest:
     """What the protocol's own half says about a request: the loop takes it apart, that half judges it."""
     if command in _BARE and not flags & CommandFlag.PAYLOAD_LEN:
-        request = Request(command, flags, cookie, offset, length)
+        request = Request(command, flags, cookie, offset, length, payload=payload)
         fault = fault_of(session, request)
         return request if fault is None else BadRequest(request, fault.error, fault.reason)
     extended = session.mode is Mode.EXTENDED

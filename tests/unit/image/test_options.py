@@ -27,7 +27,8 @@ def test_an_impossible_value_is_refused_by_its_name(option: dict[str, Any]) -> N
 
 
 def test_the_keywords_that_editors_see_are_the_options_that_exist() -> None:
-    assert list(OpenKeywords.__annotations__) == [name for name in OpenOptions.__dataclass_fields__ if name != "writable"]
+    fields = [name for name in OpenOptions.__dataclass_fields__ if name != "writable"]  # the mode says it
+    assert list(OpenKeywords.__annotations__) == fields
 
 
 def test_a_secret_is_not_shown() -> None:
