@@ -249,9 +249,9 @@ class Twin:
         self.disk.close()
 
 
-def judge(files: Files, model: ModelDisk) -> None:
+def judge(files: Files, model: ModelDisk, *, leaks: bool = False) -> None:
     """After the image was closed: QEMU finds no fault and reads the model's bytes; a raw data file has them too."""
-    files.check()
+    files.check(leaks=leaks)
     wrong = model.differs(0, files.qemu_reads())
     assert wrong is None, f"QEMU reads byte {wrong} of {files.shape} otherwise"
     if files.shape.data_file == "raw":
