@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 import cowslice
 from cowslice.image.plan import Planner
 from cowslice.image.tables import Tables
-from cowslice.storage import Storage
+from cowslice.ops.check import check
+from cowslice.storage import MemoryStorage, Storage
 from cowslice.testing import peers
 from cowslice.testing.crash import CrashRecord, CrashState, FailingSync, LyingStorage, crash_states
+from cowslice.testing.faults import Fault, FaultyStorage
 from cowslice.testing.modeldisk import ModelDisk
 from cowslice.testing.twin import Files, Shape, Twin, make_files
 from tests.crash.test_any_moment import fault_of, opened, recorded
@@ -205,3 +208,19 @@ def test_i9_trusting_a_later_sync_would_lose_what_was_flushed(files: Files) -> N
     model = ModelDisk(files.content)
     model.write(0, b"a" * 512)
     assert [fault for state in crash_states(record, limit=200) if (fault := fault_of(files, model, state))]
+
+
+@pytest.mark.parametrize("skip", range(6))
+def test_i3_a_discard_that_fails_half_way_drops_nothing_that_is_still_referred_to(files: Files, skip: int) -> None:
+    """The L2 table is shared, so a copy of it is made and read again: a read that fails comes after the plan."""
+    peers.qemu_io(files.image, "write -P 1 0 8k")
+    peers.qemu_img("snapshot", "-c", "kept", files.image)
+    storage = FaultyStorage(MemoryStorage(files.image.read_bytes(), name="image"))
+    with opened(files, storage, None) as disk:
+        storage.add(Fault("pread", skip=skip, times=2))  # twice: what was read ahead is tried again
+        for act in (lambda: disk.discard(0, 8192), disk.flush, disk.flush):
+            with contextlib.suppress(cowslice.StorageError):
+                act()
+        storage.heal()
+    found = check(storage.inner)
+    assert found.corruptions == 0, [str(one) for one in found.findings]
