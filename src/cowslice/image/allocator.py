@@ -18,13 +18,17 @@ from cowslice.image.freespace import FreeSpace
 from cowslice.image.refcounts import Fences, Refcounts, Run
 from cowslice.image.structures import Structure
 from cowslice.storage.base import Storage
+from cowslice.units import round_up
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
 class Allocator:
-    """Clusters of one image, from its free space, counted and checked against its fences."""
+    """Clusters of one image, from its free space, counted and checked against its fences.
+
+    Clusters from `fresh_from` on were never in the file nor given out: they read as zeros.
+    """
 
     def __init__(self, refcounts: Refcounts, space: FreeSpace, fences: Fences, geometry: Geometry,
                  storage: Storage) -> None:
@@ -34,6 +38,7 @@ class Allocator:
         self._storage = storage
         self._geometry = geometry
         self._bits = geometry.cluster_bits
+        self.fresh_from = round_up(storage.length(), 1 << self._bits) >> self._bits
         self._packing = -1  # byte offset behind the last compressed stream, -1 or a cluster's start: pack no more
 
     @property
@@ -128,6 +133,7 @@ class Allocator:
     def _claimed(self, start: int, count: int, below: int) -> Run:
         """Count clusters that were taken from the free space; those that must not be used are put back."""
         self.refcounts.claim(start, count)
+        self.fresh_from = max(self.fresh_from, start + count)
         end = start + count << self._bits
         found = self._fences.hit(start << self._bits, end - (start << self._bits))
         if found is None and start and end <= below:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,7 @@ class Commits:
         self._running = False
         self._failed: dict[int, BaseException] = {}
         self._freed: deque[_Freed] = deque()
+        self._alone = 0  # the thread that keeps others out
 
     def check(self) -> None:
         """Raise what forbids writing: a sync that failed before (I9), or corruption that was found."""
@@ -70,6 +72,9 @@ class Commits:
 
     def flush(self) -> None:
         """Return when all that was written before the call is stable. Raises StorageError."""
+        if self._alone == threading.get_ident():
+            self._commit(counts=True)
+            return
         with self._turn:
             mine = self._begun + 1
             while self._running and self._done < mine:
@@ -82,6 +87,22 @@ class Commits:
             self._lead(mine)
         else:
             self._tell(mine)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep the commits of others out for the block; a flush of this thread commits at once, lazy counts too."""
+        with self._turn:
+            while self._running:
+                self._turn.wait()
+            self._running = True
+            self._alone = threading.get_ident()
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._alone = 0
+                self._running = False
+                self._turn.notify_all()
 
     def _lead(self, number: int) -> None:
         """Do the commit for everybody who came before it began."""
@@ -108,10 +129,10 @@ class Commits:
         if failure is not None:
             raise StorageError("the commit that would have covered this flush was interrupted")
 
-    def _commit(self) -> None:
+    def _commit(self, *, counts: bool = False) -> None:
         self.check()
         with self.tables.lock:
-            stage = self._stage()
+            stage = self._stage(counts=counts or not self.lazy)
         try:
             self._write(stage)
         except BaseException:
@@ -121,13 +142,13 @@ class Commits:
         with self.tables.lock:
             self._settle(stage)
 
-    def _stage(self) -> Stage:
+    def _stage(self, *, counts: bool) -> Stage:
         tables = self.tables
-        lazy = self.lazy
         l1 = tables.l1_writes()
         words = {index: tables.l1[index] for index in tables.changed_l1}
-        drops, tables.drops = tables.drops, []
-        return Stage(tables.refcounts.stage(counts=not lazy), tables.slices.take_dirty(), l1, words, drops)
+        staged, slices = tables.refcounts.stage(counts=counts), tables.slices.take_dirty()
+        drops, tables.drops = tables.drops, []  # last: nothing can fail any more
+        return Stage(staged, slices, l1, words, drops)
 
     def _write(self, stage: Stage) -> None:
         """The order is the whole point: nothing is written before what it relies on is stable."""
@@ -161,31 +182,61 @@ class Commits:
             storage.pwrite(offset, content)
         if table is not None:
             place = {"refcount_table_offset": table.offset, "refcount_table_clusters": table.clusters}
-            self._guarded(lambda: switch_header(self.tables.layer, **place))
+            self.guarded(lambda: switch_header(self.tables.layer, **place))
 
     def _settle(self, stage: Stage) -> None:
         """All of the stage is stable: what it dropped may fall, and what is drained may be used again."""
         tables = self.tables
-        for drop in tables.refcounts.settle(stage.counts):
-            tables.drops.append(Drop(drop[0], drop[1], punch=False))
+        self._settle_counts(stage.counts)
         tables.slices.clean([token for _, _, token in stage.slices])
         tables.changed_l1 -= {index for index, word in stage.l1_words.items() if tables.l1[index] == word}
-        freed = [
-            Drop(start, count, drop.punch)
-            for drop in stage.drops for start, count in tables.allocator.lower([(drop.start, drop.count)])]
-        if freed:
-            self._freed.append(_Freed(tables.passage.stamp(), freed))
+        self._lower(stage.drops)
         self.release()
+
+    def _settle_counts(self, stage: RefcountStage) -> None:
+        """The counts are stable, and so is where they are: former tables lose their reference with the next commit."""
+        tables = self.tables
+        tables.drops += [Drop(start, count) for start, count in tables.refcounts.settle(stage)]
+
+    def _lower(self, drops: list[Drop]) -> None:
+        """Let counts fall that nothing on disk relies on any more."""
+        freed = [lowered for drop in drops for lowered in self._lowered(drop)]
+        if freed:
+            self._freed.append(_Freed(self.tables.passage.stamp(), freed))
+
+    def _lowered(self, drop: Drop) -> list[Drop]:
+        """What of a drop has no reference left. The commit is stable already: what fails here is not its failure."""
+        tables = self.tables
+        bits = tables.layer.geometry.cluster_bits
+        if not drop.table and tables.fences.hit(drop.start << bits, drop.count << bits) is not None:
+            return []  # only where counts were wrong: what lies there now is not what lost a reference
+        try:
+            runs = tables.allocator.lower([(drop.start, drop.count)])
+        except StorageError:
+            tables.drops.append(drop)
+            return []
+        except CowsliceError as error:
+            self.fault = self.fault or error
+            return []
+        return [Drop(start, count, drop.punch, drop.table) for start, count in runs]
 
     def release(self) -> None:
         """Let clusters be used again that no request can know any more. The tables' lock is held."""
         tables = self.tables
         while self._freed and tables.passage.passed(self._freed[0].stamp):
             for drop in self._freed.popleft().runs:
-                if drop.punch:
-                    bits = tables.layer.geometry.cluster_bits
-                    tables.layer.storage.discard(drop.start << bits, drop.count << bits)
-                tables.allocator.free([(drop.start, drop.count)])
+                self._free(drop)
+
+    def _free(self, drop: Drop) -> None:
+        tables = self.tables
+        bits = tables.layer.geometry.cluster_bits
+        start, length = drop.start << bits, drop.count << bits
+        if drop.table:
+            tables.fences.remove(start, length)
+        if drop.punch:
+            with suppress(StorageError):  # then it only takes space
+                tables.layer.storage.discard(start, length)
+        tables.allocator.free([(drop.start, drop.count)])
 
     @property
     def lazy(self) -> bool:
@@ -198,29 +249,42 @@ class Commits:
         header = self.tables.layer.first.header
         if not header.is_dirty:
             bits = header.incompatible | Incompatible.DIRTY
-            self._guarded(lambda: switch_header(self.tables.layer, incompatible=bits))
+            self.guarded(lambda: switch_header(self.tables.layer, incompatible=bits))
 
     def finish(self) -> None:
         """Commit what is left, counts that fall and lazy ones too, and take the dirty bit off. The last call."""
         self.flush()
-        with self.tables.lock:
-            self.release()
-            stage = self.tables.refcounts.stage(counts=True)
-        if stage.new_blocks or stage.new_table or stage.blocks or stage.table_writes:
-            self._grow_counts(stage)
-            for offset, content in stage.blocks:
-                self.tables.layer.storage.pwrite(offset, content)
-            self.sync()
-            with self.tables.lock:
-                self.tables.refcounts.settle(stage)
+        while self._write_counts():
+            pass
         header = self.tables.layer.first.header
         if header.is_dirty:
             bits = header.incompatible & ~Incompatible.DIRTY
-            self._guarded(lambda: switch_header(self.tables.layer, incompatible=bits))
+            self.guarded(lambda: switch_header(self.tables.layer, incompatible=bits))
+
+    def _write_counts(self) -> bool:
+        """Make counts stable that fell since the last commit, and lazy ones; whether there were any.
+
+        Nothing else is dirty: what is dropped is not referred to on disk.
+        """
+        tables = self.tables
+        with tables.lock:
+            drops, tables.drops = tables.drops, []
+            self._lower(drops)
+            self.release()
+            stage = tables.refcounts.stage(counts=True)
+        if not stage:
+            return False
+        self._grow_counts(stage)
+        for offset, content in stage.blocks:
+            tables.layer.storage.pwrite(offset, content)
+        self.sync()
+        with tables.lock:
+            self._settle_counts(stage)
+        return True
 
     def sync(self) -> None:
         """One barrier over the file and its data file. A failure poisons the image (I9)."""
-        self._guarded(self._sync_all)
+        self.guarded(self._sync_all)
 
     def _sync_all(self) -> None:
         layer = self.tables.layer
@@ -228,8 +292,8 @@ class Commits:
             layer.data.sync()
         layer.storage.sync()
 
-    def _guarded(self, act: Callable[[], None]) -> None:
-        """What was written before a failed sync may be lost although later syncs succeed: never write again."""
+    def guarded(self, act: Callable[[], None]) -> None:
+        """Do what makes something stable. What was written before a failed sync may be lost although later syncs succeed: never write again."""
         self.check()
         try:
             act()

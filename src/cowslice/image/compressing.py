@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cowslice.codec.compression import compress_cluster
-from cowslice.errors import BadOption, UnsupportedImage
+from cowslice.errors import BadOption, CorruptImage, UnsupportedImage
 from cowslice.format.entries import encode_compressed
 from cowslice.format.header import CryptMethod
 from cowslice.image.writing import Writer
@@ -71,8 +71,10 @@ class Compressing:
             writer.commits.check()
             word, bitmap = writer.entries(cluster, 1)[0]
             dropped = writer.planner.span_of(writer.planner.decode(word, bitmap))
-            tables.own_table(cluster)
-            host = tables.allocator.take_bytes(len(payload), below=1 << min(70 - bits, 56))
+            if dropped is not None:
+                writer.check_fence(*dropped)
+            writer.own_table(cluster)
+            host = self._take(len(payload))
         try:
             tables.layer.storage.pwrite(host, payload)
             tables.layer.compressed.forget()
@@ -85,3 +87,11 @@ class Compressing:
             tables.slices.store(cluster, writer.packed([(entry, 0)]))
             if dropped is not None:
                 tables.drop(dropped[0], count=dropped[1] >> bits)
+
+    def _take(self, length: int) -> int:
+        """Room for a stream, below what an entry can say."""
+        try:
+            return self.tables.allocator.take_bytes(length, below=1 << min(70 - self._geometry.cluster_bits, 56))
+        except CorruptImage as fault:
+            self.writer.mark_corrupt(fault)
+            raise

@@ -32,11 +32,15 @@ _WORDS_PER_SECTOR = SECTOR // 8
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """A run of host clusters that lost one reference. `punch`: give their space back once they are free."""
+    """A run of host clusters that lost one reference. `punch`: give their space back once they are free.
+
+    `table`: an L2 table lies there, whose fence falls with its last reference.
+    """
 
     start: int
     count: int
-    punch: bool
+    punch: bool = False
+    table: bool = False
 
 
 class Tables:
@@ -72,14 +76,14 @@ class Tables:
             content = self.slices.entries(index << self._l2_bits, 1 << self._l2_bits)
         host = self._write_table(content)
         if word & L1_OFFSET_MASK:
-            self.drop(word & L1_OFFSET_MASK, punch=False)
+            self.drop(word & L1_OFFSET_MASK, table=True)
         self.slices.set_l1(index, host)
         self.l1[index] = host | COPIED
         self.changed_l1.add(index)
 
-    def drop(self, host: int, *, punch: bool = False, count: int = 1) -> None:
+    def drop(self, host: int, *, punch: bool = False, count: int = 1, table: bool = False) -> None:
         """One reference to the host cluster at byte `host` (and those behind it) is gone from memory."""
-        self.drops.append(Drop(host >> self._bits, count, punch))
+        self.drops.append(Drop(host >> self._bits, count, punch, table))
 
     def l1_writes(self) -> list[tuple[int, bytes]]:
         """The changed entries as (host offset, bytes), neighbours within a sector together."""

@@ -50,6 +50,7 @@ def open_writes(chain: Chain, options: OpenOptions, fast: FastPath | None) -> Wr
     writer = open_writer(chain.layers, refcount_budget=chain.refcount_budget, slice_budget=chain.cache.budget)
     fast.make_writable(writer.tables.passage, writer.tables.fences)
     fast.writes_in_place = options.detect_zeroes == "off"
+    writer.resized = fast.resize
     return Qcow2Writes(writer, DiscardRules(keep_reference=options.discard_no_unref))
 
 
@@ -64,13 +65,14 @@ def open_writer(layers: Sequence[Layer], *, refcount_budget: int, slice_budget: 
     refcounts = Refcounts(layer.storage, header, header.geometry, budget_bytes=refcount_budget, fences=fences)
     freespace = FreeSpace(refcounts, layer.storage, header.geometry)
     allocator = Allocator(refcounts, freespace, fences, header.geometry, layer.storage)
+    _clear_unknown(layer)  # last: an image that is refused stays as it is
     slices: SliceMap = layer.slices  # type: ignore[assignment]
     tables = Tables(layer, slices, refcounts, allocator, fences=fences, passage=Passage())
     return Writer(layers, tables, Commits(tables), dirty_bytes=max(slice_budget // 4, 64 * 1024))
 
 
 def check_writable(layer: Qcow2Layer) -> None:
-    """Raise unless the image may be written, and take off autoclear bits that we do not keep true (I7)."""
+    """Raise unless the image may be written."""
     name, header = shown(layer.name), layer.first.header
     if not layer.storage.writable:
         raise ReadOnly(f"cannot write to '{name}': it was opened for reading only")
@@ -86,8 +88,13 @@ def check_writable(layer: Qcow2Layer) -> None:
     if layer.first.bitmaps is not None:
         raise UnsupportedImage(f"'{name}' has dirty bitmaps, which this version cannot keep while it writes",
                                features=("dirty bitmaps",))
-    if header.autoclear & _KEPT_TRUE != header.autoclear:  # not `& ~`: that has only the bits that we know
-        switch_header(layer, autoclear=header.autoclear & _KEPT_TRUE)
+
+
+def _clear_unknown(layer: Qcow2Layer) -> None:
+    """Take off autoclear bits that we do not keep true (I7). Raises StorageError."""
+    autoclear = layer.first.header.autoclear
+    if autoclear & _KEPT_TRUE != autoclear:  # not `& ~`: that has only the bits that we know
+        switch_header(layer, autoclear=autoclear & _KEPT_TRUE)
 
 
 def fence_metadata(fences: Fences, layer: Qcow2Layer) -> None:

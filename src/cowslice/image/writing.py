@@ -7,15 +7,18 @@ copied; guest clusters under way are claimed. What must hold: bytes are in their
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from cowslice.errors import CorruptImage, CowsliceError, RequestError
+from cowslice.format.entries import Kind
 from cowslice.format.header import CryptMethod, Incompatible
 from cowslice.image.claims import Claims
 from cowslice.image.commit import Commits
+from cowslice.image.compressed import run_together
 from cowslice.image.headerswitch import switch_header
 from cowslice.image.layer import Layer
+from cowslice.image.mapping import resolve
 from cowslice.image.plan import Keep, Planner, Rewrite
 from cowslice.image.reading import read_into
 from cowslice.image.structures import Structure
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from cowslice.image.qcow2 import Qcow2Layer
 
 MOST_AT_ONCE = 4 * MiB     # guest bytes that one plan covers
+SHARED_WRITE = 256 * 1024  # of one long write, what one thread copies
 ZEROS_TO_WRITE = 64 * 1024  # longer zeros are left to the file system
 _ZEROS = memoryview(bytes(ZEROS_TO_WRITE))
 
@@ -33,7 +37,8 @@ _ZEROS = memoryview(bytes(ZEROS_TO_WRITE))
 class Writer:
     """Writes to the top layer of `layers`, which `tables` belong to. Any number of threads may write at once.
 
-    `track`, where set, is told (offset, length) of every change, before it is made. `dirty_bytes` bounds the L2 slices
+    `track`, where set, is told (offset, length) of every change, before it is made; `resized` is told another size of
+    the disk while nobody is inside. `dirty_bytes` bounds the L2 slices
     that wait for a commit.
     """
 
@@ -43,6 +48,7 @@ class Writer:
         self.tables = tables
         self.commits = commits
         self.track: Callable[[int, int], None] | None = None
+        self.resized: Callable[[int], object] = lambda size: None
         self.claims = Claims(tables.lock)
         header = self.layer.first.header
         self.planner = Planner(header.geometry, version=header.version, data_file=header.has_data_file)
@@ -53,8 +59,6 @@ class Writer:
         self._encrypted = header.crypt_method != CryptMethod.NONE
         self._most = max(MOST_AT_ONCE >> self._bits, 1) << self._bits
         self._below = layers[1].size if len(layers) > 1 else 0
-        length = self.layer.storage.length()
-        self._fresh_from = round_up(length, self._size) >> self._bits
 
     def write(self, offset: int, view: memoryview) -> None:
         """Write all of `view`, a view of bytes, at guest byte `offset`. The span lies inside the disk."""
@@ -125,17 +129,23 @@ class Writer:
         """How each cluster takes its bytes, its host byte offset, and whether that reads as zeros by itself."""
         self.commits.check()
         planner, size = self.planner, self._size
+        whole = not planner.data_file and not planner.geometry.extended_l2
         plans = []
         for cluster, (word, bitmap) in enumerate(self.entries(first, end - first), first):
             start = cluster << self._bits
+            if not word and not bitmap and whole and offset <= start and start + size <= offset + length:
+                plans.append(Rewrite(cluster, -1))
+                continue
             entry = self.layer.checked(planner.decode(word, bitmap), cluster)
             plans.append(planner.write(cluster, entry, max(offset - start, 0), min(offset + length - start, size),
                                        covered=start < self._below))
         for plan in plans:
-            if plan.changed:
-                self.tables.own_table(plan.cluster)
             if plan.host >= 0:
-                self._check_fence(plan.host)
+                self.check_fence(plan.host, size)
+            if plan.dropped is not None:
+                self.check_fence(*plan.dropped)
+            if plan.changed:
+                self.own_table(plan.cluster)
         hosts, fresh = self._take([plan.host for plan in plans])
         return plans, hosts, fresh
 
@@ -149,13 +159,12 @@ class Writer:
         index, taken = 0, []
         try:
             while wanted:
+                fresh_from = self.tables.allocator.fresh_from
                 start, got = self.tables.allocator.take(wanted)
                 taken.append((start, got))
-                new = start >= self._fresh_from  # behind the end of the file
-                self._fresh_from = max(self._fresh_from, start + got)
                 for cluster in range(start, start + got):
                     index = hosts.index(-1, index)
-                    hosts[index], fresh[index] = cluster << self._bits, new
+                    hosts[index], fresh[index] = cluster << self._bits, start >= fresh_from
                 wanted -= got
         except BaseException as error:
             for start, got in taken:
@@ -165,11 +174,19 @@ class Writer:
             raise
         return hosts, fresh
 
-    def _check_fence(self, host: int) -> None:
-        """Never write guest bytes over metadata, whatever an entry says."""
+    def own_table(self, cluster: int) -> None:
+        """Make sure that a guest cluster has an L2 table of its own. The lock is held. Raises as Tables.own_table."""
+        try:
+            self.tables.own_table(cluster)
+        except CorruptImage as fault:
+            self.mark_corrupt(fault)
+            raise
+
+    def check_fence(self, host: int, length: int) -> None:
+        """Never write guest bytes over metadata, nor give its space away, whatever an entry says. The lock is held."""
         if self.planner.data_file:
             return
-        found = self.tables.fences.hit(host, self._size)
+        found = self.tables.fences.hit(host, length)
         if found is not None:
             fault = CorruptImage(
                 f"an L2 entry of '{self.layer.name}' points at {host:#x}, where {Structure(found[2]).label} lies: "
@@ -180,28 +197,27 @@ class Writer:
     def mark_corrupt(self, fault: CowsliceError) -> None:
         """Say on disk that the image is corrupt, and write no more."""
         header = self.layer.first.header
-        if self.commits.fault is None and header.version >= 3:
+        sound, self.commits.fault = self.commits.fault is None, self.commits.fault or fault
+        if sound and header.version >= 3:
             switch_header(self.layer, incompatible=header.incompatible | Incompatible.CORRUPT)
-        self.commits.fault = self.commits.fault or fault
 
     def _publish(self, plans: Sequence[Rewrite], hosts: Sequence[int]) -> None:
-        """Show the new clusters: runs of changed entries go to the map together."""
-        self.commits.check()
-        words: list[tuple[int, int]] = []
-        for plan, host in zip(plans, hosts, strict=True):
-            if plan.changed:
-                words.append(self.planner.words(plan, host))
-            elif words:
-                self._store(plan.cluster - len(words), words)
-                words = []
-        if words:
-            self._store(plans[-1].cluster + 1 - len(words), words)
-        for plan in plans:
-            if plan.dropped is not None:
-                self.tables.drop(plan.dropped[0], count=plan.dropped[1] >> self._bits)
-
-    def _store(self, cluster: int, words: Sequence[tuple[int, int]]) -> None:
-        self.tables.slices.store(cluster, self.packed(words))
+        """Show the new clusters: runs of changed entries go to the map together. What is not shown is given back."""
+        shown = 0
+        try:
+            self.commits.check()
+            for first, end in _changed_runs(plans):
+                words = [self.planner.words(plans[n], hosts[n]) for n in range(first, end)]
+                self.tables.slices.store(plans[first].cluster, self.packed(words))
+                shown = end
+        except BaseException:
+            self._give_back(plans[shown:], hosts[shown:])
+            plans = plans[:shown]
+            raise
+        finally:
+            for plan in plans:
+                if plan.dropped is not None:
+                    self.tables.drop(plan.dropped[0], count=plan.dropped[1] >> self._bits)
 
     def _give_back(self, plans: Sequence[Rewrite], hosts: Sequence[int]) -> None:
         if self.planner.data_file:
@@ -215,52 +231,113 @@ class Writer:
 
     def _move(self, plans: Sequence[Rewrite], hosts: Sequence[int], fresh: Sequence[bool], offset: int,
               view: memoryview) -> None:
-        """Put the old bytes to be kept and the new ones where they belong; host neighbours in one write."""
-        end = offset + len(view)
-        start, host_start = offset, hosts[0] + (offset & self._size - 1)
+        """Put the new bytes where they belong: host neighbours in one write, clusters with old bytes one by one."""
+        end, start = offset + len(view), offset
         for index, plan in enumerate(plans):
-            if plan.keeps:
-                self._keep(plan, hosts[index], fresh[index])
             stop = min((plan.cluster + 1) << self._bits, end)
-            if stop == end or hosts[index + 1] != hosts[index] + self._size:
-                self._put(host_start, start, view[start - offset : stop - offset])
-                if stop < end:
-                    start, host_start = stop, hosts[index + 1]
+            if plan.keeps:
+                begin = max(plan.cluster << self._bits, offset)
+                self._put_run(hosts[index - 1], start, begin, view, offset)
+                self._merge(plan, hosts[index], fresh[index], begin, view[begin - offset : stop - offset])
+                start = stop
+            elif stop == end or hosts[index + 1] != hosts[index] + self._size:
+                self._put_run(hosts[index], start, stop, view, offset)
+                start = stop
 
-    def _keep(self, plan: Rewrite, host: int, fresh: bool) -> None:
+    def _put_run(self, host: int, start: int, stop: int, view: memoryview, offset: int) -> None:
+        """Write guest bytes [start, stop), of which the last lie in the cluster at `host` and the others before it."""
+        if start < stop:
+            last = (stop - 1) & ~(self._size - 1)
+            self._put(host + start - last, start, view[start - offset : stop - offset])
+
+    def _merge(self, plan: Rewrite, host: int, fresh: bool, start: int, data: memoryview) -> None:
+        """Write the new bytes of a cluster and what must stand beside them; in one write where they touch."""
+        base = plan.cluster << self._bits
+        pieces = [(start - base, data)]
         for keep in plan.keeps:
-            guest = (plan.cluster << self._bits) + keep.within
-            length = keep.length
-            if self.planner.data_file:
-                length = min(length, self.layer.size - guest)  # a raw data file is as long as the disk
-            if length <= 0:
-                continue
-            if keep.zero and not self._encrypted:
-                if not fresh:
-                    self._put_zeros(host + keep.within, length)
-                continue
-            old = bytearray(length)
-            if not keep.zero:
-                self._read_old(guest, keep, memoryview(old))
-            self._put(host + keep.within, guest, memoryview(old))
+            old = self._old(base, keep, fresh)
+            if old is not None:
+                pieces.append((keep.within, old))
+            elif not fresh:
+                self._put_zeros(host + keep.within, keep.length)
+        pieces.sort(key=lambda piece: piece[0])
+        for within, joined in _joined(pieces):
+            self._put(host + within, base + within, joined)
 
-    def _read_old(self, guest: int, keep: Keep, buffer: memoryview) -> None:
-        """The old view; a cluster may reach beyond the end of the disk, where there is nothing."""
-        inside = min(keep.length, max(self.layer.size - guest, 0))
-        read_into(self.layers, guest, buffer[:inside])
+    def _old(self, base: int, keep: Keep, fresh: bool) -> memoryview | None:
+        """The old bytes to be kept, None where zeros do that need not be enciphered."""
+        guest = base + keep.within
+        inside = min(keep.length, max(self.layer.size - guest, 0))  # nothing is behind the end of the disk
+        plain = not self._encrypted
+        if plain and (keep.zero or not inside or (fresh and self._reads_as_zeros(guest, inside))):
+            return None
+        old = memoryview(bytearray(keep.length))
+        if not keep.zero:
+            read_into(self.layers, guest, old[:inside])
+        return old
+
+    def _reads_as_zeros(self, guest: int, length: int) -> bool:
+        """Whether that is known of all bytes without reading them: a hole of the backing file, say."""
+        depth, piece = resolve(self.layers, guest, length)
+        if piece.length < length or piece.kind is Kind.COMPRESSED:
+            return False
+        layer = self.layers[depth]
+        return piece.kind is not Kind.NORMAL or (layer.shows_offsets and layer.data.is_hole(piece.host, length))
 
     def _put(self, host: int, guest: int, view: memoryview) -> None:
         cipher = self.layer.cipher
         if not self._encrypted:
-            self.layer.data.pwrite(host, view)
+            self._put_plain(host, view)
             return
         if cipher is None:
             raise RequestError(f"'{self.layer.name}' is encrypted and was opened without its secret")
         luks = self.layer.first.header.crypt_method == CryptMethod.LUKS
         self.layer.data.pwrite(host, cipher.encrypt((host if luks else guest) // SECTOR, view))
 
+    def _put_plain(self, host: int, view: memoryview) -> None:
+        """Long runs are copied on all cores: the kernel's copy is what they cost."""
+        data = self.layer.data
+        if len(view) < 2 * SHARED_WRITE or data.fileno() < 0:
+            data.pwrite(host, view)
+            return
+        faults: list[BaseException] = []
+
+        def put(at: int) -> None:
+            try:
+                data.pwrite(host + at, view[at : at + SHARED_WRITE])
+            except BaseException as fault:
+                faults.append(fault)
+
+        run_together(range(0, len(view), SHARED_WRITE), put)
+        if faults:
+            raise faults[0]
+
     def _put_zeros(self, host: int, length: int) -> None:
         if length > ZEROS_TO_WRITE:
             self.layer.data.zero(host, length)
         else:
             self.layer.data.pwrite(host, _ZEROS[:length])
+
+
+def _joined(pieces: Sequence[tuple[int, memoryview]]) -> Iterator[tuple[int, memoryview]]:
+    """Neighbours that touch as one."""
+    first, parts, end = pieces[0][0], [pieces[0][1]], pieces[0][0] + len(pieces[0][1])
+    for within, part in pieces[1:]:
+        if within != end:
+            yield first, parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+            first, parts = within, []
+        parts.append(part)
+        end = within + len(part)
+    yield first, parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+
+
+def _changed_runs(plans: Sequence[Rewrite]) -> Iterator[tuple[int, int]]:
+    """Cut plans into (first, end) of neighbours whose entries change."""
+    first = 0
+    for index, plan in enumerate(plans):
+        if not plan.changed:
+            if first < index:
+                yield first, index
+            first = index + 1
+    if first < len(plans):
+        yield first, len(plans)

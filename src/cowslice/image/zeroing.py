@@ -106,7 +106,7 @@ class Zeroing:
                 return
             changes, written = self._changes(first, last, offset, end, keep=keep)
             if changes:
-                self.tables.own_table(first)
+                self.writer.own_table(first)
                 self._apply(first, changes, punch=punch)
         for start, stop in written:
             self._write_zeros(start, stop)
@@ -126,8 +126,11 @@ class Zeroing:
                 written.append((start + begin, start + stop))
                 continue
             blank = self._blanked(entry, mask, cluster, keep=keep)
-            if blank is not None:
-                changes.append((cluster, blank))
+            if blank is None:
+                continue
+            if blank.dropped is not None:
+                self.writer.check_fence(*blank.dropped)
+            changes.append((cluster, blank))
         return changes, written
 
     def _blanked(self, entry: Entry, mask: int, cluster: int, *, keep: bool) -> Blank | None:
@@ -137,15 +140,15 @@ class Zeroing:
 
     def _apply(self, first: int, changes: list[tuple[int, Blank]], *, punch: bool) -> None:
         """Store runs of neighbours together, and drop what they owned."""
-        run: list[tuple[int, int]] = []
+        run: list[Blank] = []
         for index, (cluster, blank) in enumerate(changes):
-            run.append((blank.word, blank.bitmap))
+            run.append(blank)
             if index + 1 == len(changes) or changes[index + 1][0] != cluster + 1:
-                self.tables.slices.store(cluster + 1 - len(run), self.writer.packed(run))
+                words = [(one.word, one.bitmap) for one in run]
+                self.tables.slices.store(cluster + 1 - len(run), self.writer.packed(words))
+                for host, length in (one.dropped for one in run if one.dropped is not None):  # only now: I3
+                    self.tables.drop(host, count=length >> self._bits, punch=punch)
                 run = []
-            if blank.dropped is not None:
-                host, length = blank.dropped
-                self.tables.drop(host, count=length >> self._bits, punch=punch)
 
     def _write_zeros(self, offset: int, end: int) -> None:
         """Write zeros where the span does not read as zeros already."""
