@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from array import array
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -267,6 +267,31 @@ class Image:
             with self._lease:
                 self._writes.flush()
 
+    def snapshot(self, name: str) -> Snapshot:
+        """Keep the disk as it is now as an internal snapshot, stably; returns its record. Others wait meanwhile.
+
+        Raises BadOption, ReadOnly, UnsupportedImage, RefcountOverflow, CorruptImage, NoSpace or StorageError; then
+        nothing has changed.
+        """
+        writes = self._for_writing()
+        with self._lease, self._other_snapshots():
+            return writes.create_snapshot(name)
+
+    def apply_snapshot(self, id_or_name: str) -> None:
+        """Let the disk be again what an internal snapshot holds, its size too; what was written since is lost.
+
+        Raises as `snapshot`, MalformedImage for a damaged snapshot.
+        """
+        writes = self._for_writing()
+        with self._lease, self._other_snapshots():
+            writes.apply_snapshot(id_or_name)
+
+    def delete_snapshot(self, id_or_name: str) -> None:
+        """Delete the internal snapshot of this name, or else with this id. Raises as `apply_snapshot`."""
+        writes = self._for_writing()
+        with self._lease, self._other_snapshots():
+            writes.delete_snapshot(id_or_name)
+
     def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
         """Yield what the span is made of, in order, neighbours that continue each other as one; to the end by default.
 
@@ -330,6 +355,15 @@ class Image:
                 done += read_piece(self.layers, offset + done, view[done:])
             if done < len(view):
                 done = self._fast.read_into(offset, view, done)
+
+    @contextmanager
+    def _other_snapshots(self) -> Iterator[None]:
+        """What is known of snapshots and of the size may be another afterwards."""
+        try:
+            yield
+        finally:
+            self.size = self.layers[0].size
+            self.__dict__.pop("snapshots", None)
 
     def _in_flight(self) -> AbstractContextManager[object]:
         """Tell writers that a request is inside: what it looks at is not used again before it has left."""

@@ -23,7 +23,7 @@ def adjust(blocks: Refblocks, clusters: Sequence[int] | array[int] | Numbers, de
     """Refcounts.adjust for many clusters: returns the runs (first cluster, clusters) whose count became 0."""
     import numpy as np
 
-    numbers, times = np.unique(np.asarray(clusters, dtype=np.int64), return_counts=True)
+    numbers, times = _counted(np.asarray(clusters, dtype=np.int64))
     undo: list[tuple[Numbers, Numbers, Numbers]] = []
     zeros: list[Numbers] = []
     try:
@@ -43,7 +43,45 @@ def adjust(blocks: Refblocks, clusters: Sequence[int] | array[int] | Numbers, de
         for counts, entries, before in undo:
             counts[entries] = before
         raise
-    return _runs(np.concatenate(zeros))
+    return _runs(np.concatenate(zeros)) if zeros else []
+
+
+def counts_of(blocks: Refblocks, clusters: Numbers) -> Numbers:
+    """Refcounts.counts_of: the count of each cluster."""
+    import numpy as np
+
+    wanted = np.asarray(clusters, dtype=np.int64)
+    if _is_dense(wanted):
+        first, last = int(wanted.min()) >> blocks.shift, int(wanted.max()) >> blocks.shift
+        known = [blocks.get(index) for index in range(first, last + 1)]
+        dense = b"".join([(blocks.zeros(1 << blocks.shift) if block is None else block.counts).tobytes()
+                          for block in known])
+        return np.frombuffer(dense, dtype=blocks.zeros(0).typecode)[wanted - (first << blocks.shift)]
+    numbers, places = np.unique(wanted, return_inverse=True)
+    found = np.zeros(len(numbers), dtype=np.uint64)
+    for index, piece in _by_block(numbers, blocks.shift):
+        block = blocks.get(index)
+        if block is not None:
+            counts = np.frombuffer(block.counts, dtype=block.counts.typecode)
+            found[piece] = counts[numbers[piece] & ((1 << blocks.shift) - 1)]
+    return found[places]
+
+
+def _counted(clusters: Numbers) -> tuple[Numbers, Numbers]:
+    """The different ones ascending, and how often each occurs; what lies close together is not sorted for it."""
+    import numpy as np
+
+    if not _is_dense(clusters):
+        return np.unique(clusters, return_counts=True)
+    first = int(clusters.min())
+    times = np.bincount(clusters - first)
+    numbers = np.flatnonzero(times)
+    return numbers + first, times[numbers]
+
+
+def _is_dense(clusters: Numbers) -> bool:
+    """Whether an array over the whole range is not much larger than the clusters."""
+    return len(clusters) > 0 and int(clusters.max()) - int(clusters.min()) < max(8 * len(clusters), 1 << 16)
 
 
 def _check(blocks: Refblocks, clusters: Numbers, before: Numbers, times: Numbers, delta: int) -> None:
@@ -63,6 +101,8 @@ def _by_block(numbers: Numbers, shift: int) -> Iterator[tuple[int, slice]]:
     """Cut ascending clusters into (block index, slice of those it counts)."""
     import numpy as np
 
+    if not len(numbers):
+        return
     indexes = numbers >> shift
     borders = [0, *(np.flatnonzero(indexes[1:] != indexes[:-1]) + 1).tolist(), len(numbers)]
     for first, end in pairwise(borders):

@@ -112,6 +112,11 @@ class Refcounts:
         self._apply_claims()
         return refbulk.adjust(self.blocks, clusters, delta)
 
+    def counts_of(self, clusters: NDArray[Any]) -> NDArray[Any]:
+        """The counts of clusters in any order, in that order; 0 where nothing counts one. Raises StorageError."""
+        self._apply_claims()
+        return refbulk.counts_of(self.blocks, clusters)
+
     def claim(self, start: int, count: int) -> None:
         """Let clusters that are known to be free count 1 from now on. Does no I/O."""
         claimed = self._claimed

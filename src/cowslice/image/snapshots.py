@@ -56,11 +56,16 @@ def load_snapshot_l1(storage: Storage, header: Header, snapshot: Snapshot) -> tu
     if header.has_data_file:
         raise UnsupportedImage("internal snapshots of an image with an external data file cannot be read: their data "
                                "is not kept", features=("snapshot with external data file",))
+    check_usable(snapshot, header)
+    size = header.size if snapshot.disk_size is None else snapshot.disk_size
+    return size, read_l1(storage, snapshot.l1_offset, header.geometry.l1_entries(size), snapshot.l1_size)
+
+
+def check_usable(snapshot: Snapshot, header: Header) -> None:
+    """Raise MalformedImage when the record cannot be used."""
     for finding in snapshot_findings(snapshot, header.geometry, version=header.version):
         if finding.fault is Fault.UNUSABLE:
             raise MalformedImage(finding.message, where=finding.where, field=finding.field)
-    size = header.size if snapshot.disk_size is None else snapshot.disk_size
-    return size, read_l1(storage, snapshot.l1_offset, header.geometry.l1_entries(size), snapshot.l1_size)
 
 
 def read_l1(storage: Storage, offset: int, needed: int, available: int) -> bytes:

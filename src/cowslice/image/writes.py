@@ -10,9 +10,11 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 
 from cowslice.errors import UnsupportedImage
+from cowslice.format.snapshots import Snapshot
 from cowslice.image.compressing import Compressing
 from cowslice.image.layer import Layer
 from cowslice.image.passage import Passage
+from cowslice.image.snapshotting import Snapshotting
 from cowslice.image.writing import Writer
 from cowslice.image.zeroing import DiscardRules, Zeroing
 from cowslice.storage.base import Storage
@@ -45,6 +47,22 @@ class Writes(ABC):
     def flush(self) -> None:
         """Make all earlier writes stable."""
 
+    def create_snapshot(self, name: str) -> Snapshot:
+        """Take an internal snapshot. Outside of any request, as the next two."""
+        raise self._no_snapshots()
+
+    def apply_snapshot(self, id_or_name: str) -> None:
+        """Go back to an internal snapshot."""
+        raise self._no_snapshots()
+
+    def delete_snapshot(self, id_or_name: str) -> None:
+        """Delete an internal snapshot."""
+        raise self._no_snapshots()
+
+    def _no_snapshots(self) -> UnsupportedImage:
+        return UnsupportedImage("a raw file has no snapshots, expected a qcow2 image",
+                                features=("snapshot in a raw file",))
+
     def finish(self) -> None:
         """Flush, and leave the file as a clean one. The last call; another one does nothing."""
         self.flush()
@@ -57,6 +75,7 @@ class Qcow2Writes(Writes):
         self.writer = writer
         self.zeroing = Zeroing(writer, rules)
         self.compressing = Compressing(writer)
+        self.snapshotting = Snapshotting(writer)
         self._finished = False
 
     def request(self) -> AbstractContextManager[object]:
@@ -76,6 +95,15 @@ class Qcow2Writes(Writes):
 
     def flush(self) -> None:
         self.writer.commits.flush()
+
+    def create_snapshot(self, name: str) -> Snapshot:
+        return self.snapshotting.create(name)
+
+    def apply_snapshot(self, id_or_name: str) -> None:
+        self.snapshotting.apply(id_or_name)
+
+    def delete_snapshot(self, id_or_name: str) -> None:
+        self.snapshotting.delete(id_or_name)
 
     def finish(self) -> None:
         if not self._finished:
