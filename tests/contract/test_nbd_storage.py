@@ -141,6 +141,10 @@ class Growing(WrappedStorage):
         self.inner.zero(offset, length)
         self._grow(offset, length)
 
+    def allocate(self, offset: int, length: int) -> None:
+        self.inner.allocate(offset, length)
+        self._grow(offset, length)
+
     def truncate(self, length: int) -> None:
         check_span(0, length)
         if length < self.length():

@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -68,7 +69,7 @@ class Commits:
     def check(self) -> None:
         """Raise what forbids writing: a sync that failed before (I9), or corruption that was found."""
         if self.fault is not None:
-            raise type(self.fault)(*self.fault.args) from self.fault
+            raise copy(self.fault) from self.fault
 
     def flush(self) -> None:
         """Return when all that was written before the call is stable. Raises StorageError."""
@@ -125,7 +126,7 @@ class Commits:
     def _tell(self, number: int) -> None:
         failure = self._failed.get(number)
         if isinstance(failure, CowsliceError):
-            raise type(failure)(*failure.args) from failure
+            raise copy(failure) from failure
         if failure is not None:
             raise StorageError("the commit that would have covered this flush was interrupted")
 

@@ -140,12 +140,7 @@ class Planner:
 
     def _keeps(self, entry: Entry, wanted: int, begin: int, end: int, *, covered: bool) -> Iterator[Keep]:
         """What of the subclusters in `wanted` lies outside [begin, end); neighbours that are alike together."""
-        zeros = 0
-        for index in range(32):
-            kind = entry.subcluster(index)
-            blank = kind in (Kind.ZERO, Kind.ZERO_ALLOCATED)
-            if blank or (kind in (Kind.UNALLOCATED, Kind.RESERVED) and not covered):
-                zeros |= 1 << index
+        zeros = entry.zero if covered or entry.kind is Kind.COMPRESSED else ALL_SUBCLUSTERS & ~entry.allocated
         for zero, mask in ((False, wanted & ~zeros), (True, wanted & zeros)):
             for first, count in _mask_runs(mask):
                 yield from _edges(first * self._part, (first + count) * self._part, begin, end, zero=zero)

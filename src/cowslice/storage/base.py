@@ -91,6 +91,10 @@ class Storage(ABC):
         if end > stored:
             yield Span(stored, end - stored, False)
 
+    def is_hole(self, offset: int, length: int) -> bool:
+        """Whether the span is known, without reading it, to be stored nowhere and read as zeros."""
+        return False
+
     def allocated(self) -> int | None:
         """Return the bytes that the storage really takes, or None where nobody knows."""
         return None

@@ -178,6 +178,10 @@ class FileStorage(Storage):
             if at > data:
                 yield Span(data, at - data, True)
 
+    def is_hole(self, offset: int, length: int) -> bool:
+        end = offset + length
+        return not self._device and self._seek(offset, os.SEEK_DATA, end) >= end
+
     def allocated(self) -> int | None:
         if self._device:
             return None
