@@ -219,7 +219,7 @@ def shuffled(numbers: Places, count: int) -> Places:
     return result
 
 
-# -- shapes: (setting, random, first, count) to where the requests from number `first` on are ---------------------------
+# -- shapes: (setting, random, first, count) to where the requests from number `first` on are
 
 
 def _uniform(setting: _Setting, random: Generator, first: int, count: int) -> Places:
