@@ -5,6 +5,8 @@ It decides what a missing -f means: qcow2 where its magic is, else raw. What the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cowslice.cli.options import Given, Named, file_options, name_image, open_options
@@ -13,14 +15,25 @@ from cowslice.errors import BadOption, ReferenceRefused
 
 if TYPE_CHECKING:
     from cowslice.image.image import Image
+    from cowslice.image.options import OpenOptions
 
 FORMATS = ("qcow2", "raw")
 
 
 def open_image(text: str, given: Given, **more: Any) -> Image:
-    """Open one IMAGE argument for reading. A ReferenceRefused comes out with the flag that would permit it."""
+    """Open one IMAGE argument, for reading unless `writable` says more.
+
+    A ReferenceRefused comes out with the flag that would permit it.
+    """
     from cowslice.image.image import Image
 
+    name, options = describe(text, given, **more)
+    with explained():
+        return Image(name, options)
+
+
+def describe(text: str, given: Given, **more: Any) -> tuple[str, OpenOptions]:
+    """The path or URL of one IMAGE argument, and the options to open it with; they say the format."""
     named = name_image(text, given)
     driver = named.options.get("driver")
     if driver is not None and driver not in FORMATS:
@@ -30,8 +43,14 @@ def open_image(text: str, given: Given, **more: Any) -> Image:
     if named.options["driver"] == "raw":
         for option in [key for key in named.options if key.startswith(("l2-", "cache-size", "refcount-", "backing"))]:
             raise BadOption(f"'{option}' is an option of qcow2 images, but '{named.name}' is raw")
+    return named.name, open_options(named, given, on_warning=warn, **more)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Let a ReferenceRefused leave the block with the flag that would permit it."""
     try:
-        return Image(named.name, open_options(named, given, on_warning=warn, **more))
+        yield
     except ReferenceRefused as error:
         error.hint = "If you trust the image, permit it with --allow DIR or --allow-any."
         raise

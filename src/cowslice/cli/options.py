@@ -49,6 +49,19 @@ def common(command: F) -> F:
     return command
 
 
+def changing(command: F) -> F:
+    """--image-opts, --object and -q: what every verb of qemu-img takes that writes to an image."""
+    for option in reversed((
+        click.option("--image-opts", is_flag=True, help="FILE is 'driver=qcow2,file.filename=PATH,...'."),
+        click.option("--object", "objects", multiple=True, metavar="OBJECT",
+                     help="'secret,id=ID,data=TEXT' or 'secret,id=ID,file=PATH': a passphrase, named by "
+                          "encrypt.key-secret=ID."),
+        click.option("-q", "--quiet", is_flag=True, help="Print no result, only errors."),
+    )):
+        command = option(command)
+    return command
+
+
 def chain(command: F) -> F:
     """What the image names may be opened: --allow DIR and --allow-any."""
     for option in reversed((

@@ -21,6 +21,8 @@ VERBS = {
     "check": "Find leaks and corruption; changes nothing.",
     "compare": "Tell whether two disks have the same content.",
     "convert": "Copy a disk into a raw or qcow2 file, or to standard output.",
+    "commit": "Copy what an overlay holds into its backing file.",
+    "rebase": "Give an overlay another backing file.",
     "measure": "Say how large an image would be.",
     "serve": "Give disks to NBD clients: virtual machines, nbdcopy, qemu-img.",
     "bench": "Measure how fast an image is read, beside QEMU.",

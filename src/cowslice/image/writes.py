@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from cowslice.errors import UnsupportedImage
 from cowslice.format.snapshots import Snapshot
 from cowslice.image.compressing import Compressing
+from cowslice.image.emptying import vacate
 from cowslice.image.layer import Layer
 from cowslice.image.passage import Passage
 from cowslice.image.snapshotting import Snapshotting
@@ -42,6 +43,10 @@ class Writes(ABC):
     @abstractmethod
     def discard(self, offset: int, length: int) -> None:
         """Forget the span where that gives space back."""
+
+    @abstractmethod
+    def vacate(self) -> None:
+        """Forget everything the layer holds. Raises UnsupportedImage where the format cannot."""
 
     @abstractmethod
     def flush(self) -> None:
@@ -93,6 +98,9 @@ class Qcow2Writes(Writes):
     def discard(self, offset: int, length: int) -> None:
         self.zeroing.discard(offset, length)
 
+    def vacate(self) -> None:
+        vacate(self.writer)
+
     def flush(self) -> None:
         self.writer.commits.flush()
 
@@ -134,6 +142,10 @@ class RawWrites(Writes):
 
     def discard(self, offset: int, length: int) -> None:
         self.storage.discard(offset, length)
+
+    def vacate(self) -> None:
+        raise UnsupportedImage(f"'{self._name}' is raw, expected a qcow2 image: a raw file has nothing below it",
+                               features=("empty layer in a raw file",))
 
     def flush(self) -> None:
         self.storage.sync()

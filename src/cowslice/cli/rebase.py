@@ -1,0 +1,56 @@
+"""`cowslice rebase`: the words, and nothing of the work."""
+
+from __future__ import annotations
+
+import click
+
+from cowslice.cli import exitcodes
+from cowslice.cli.images import describe, explained
+from cowslice.cli.options import CACHE_MODES, Given, chain, changing, image_format
+from cowslice.cli.termination import Terminated, ending_on_sigterm
+
+EPILOG = """\b
+Examples:
+  cowslice rebase -b other.qcow2 -F qcow2 disk.qcow2  (the disk reads as before)
+  cowslice rebase -b "" disk.qcow2                    (needs no backing file any more)
+  cowslice rebase -u -b moved/base.raw -F raw disk.qcow2
+
+\b
+A relative BASE is stored as it is, and means a file beside FILE. After Ctrl-C FILE has its old backing file.
+Exit status: 0 done, 1 failed, 64 usage, 130 interrupted."""
+
+
+@click.command("rebase", epilog=EPILOG)
+@image_format
+@click.option("-b", "backing", metavar="BASE", help="The new backing file, '' for none.")
+@click.option("-F", "backing_format", metavar="FORMAT", help="Its format: qcow2 or raw.")
+@click.option("-u", "unsafe", is_flag=True, help="Change the header only: for a file that was moved or converted.")
+@click.option("-p", "progress", is_flag=True, help="Show progress.")
+@click.option("-t", "cache", type=click.Choice(CACHE_MODES), default="writeback",
+              help="'none' reads and writes around the page cache.")
+@click.option("-T", "source_cache", type=click.Choice(CACHE_MODES), default="writeback",
+              help="Accepted: backing files are read as -t says.")
+@changing
+@chain
+@click.argument("file")
+def command(
+    file: str, format_name: str | None, backing: str | None, backing_format: str | None, unsafe: bool, progress: bool,
+    cache: str, source_cache: str, image_opts: bool, objects: tuple[str, ...], quiet: bool, allowed: tuple[str, ...],
+    allow_any: bool,
+) -> int | None:
+    """Give FILE another backing file, and copy into it what the two show differently."""
+    from cowslice.cli.progress import maybe_shown
+    from cowslice.ops.rebase import Backing, rebase
+
+    if backing is None and not unsafe:
+        raise click.UsageError("Missing option '-b': the new backing file, or '' for none")
+    wanted = Backing(backing or "", backing_format or None)
+    given = Given(format_name=format_name, image_opts=image_opts, objects=objects, allowed=allowed,
+                  allow_any=allow_any, direct=cache in ("none", "directsync"))
+    try:
+        with ending_on_sigterm(), explained(), maybe_shown("rebasing", progress and not quiet) as advance:
+            name, options = describe(file, given)
+            rebase(name, options, wanted, unsafe=unsafe, progress=advance)
+    except Terminated:
+        return exitcodes.TERMINATED
+    return None
