@@ -6,7 +6,7 @@ It reads nothing. Text that came from the image never reaches the terminal unesc
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cowslice.cli.output import exact_size, paint, printable, say, say_fields, say_table
@@ -35,7 +35,7 @@ def as_json(facts: ImageFacts) -> dict[str, Any]:
         shown["encrypted"] = True
     shown.update(_backing_json(facts))
     if facts.snapshots:
-        shown["snapshots"] = [_snapshot_json(snapshot) for snapshot in facts.snapshots]
+        shown["snapshots"] = [snapshot_json(snapshot) for snapshot in facts.snapshots]
     if header is not None:
         shown["format-specific"] = {"type": "qcow2", "data": _specific_json(facts, header)}
     shown["cowslice"] = _our_json(facts)
@@ -51,7 +51,8 @@ def _backing_json(facts: ImageFacts) -> Iterator[tuple[str, str]]:
         yield "backing-filename-format", facts.first.backing_format
 
 
-def _snapshot_json(snapshot: Snapshot) -> dict[str, Any]:
+def snapshot_json(snapshot: Snapshot) -> dict[str, Any]:
+    """A snapshot with qemu-img's keys."""
     shown: dict[str, Any] = {
         "id": os.fsdecode(snapshot.id), "name": os.fsdecode(snapshot.name), "vm-state-size": snapshot.vm_state_size,
         "date-sec": snapshot.seconds, "date-nsec": snapshot.nanoseconds,
@@ -138,7 +139,7 @@ def say_facts(facts: ImageFacts) -> None:
     say_fields(_fields(facts))
     if facts.snapshots:
         say()
-        _say_snapshots(facts)
+        say_snapshots(facts.snapshots)
     if facts.bitmaps:
         say()
         say_table(("bitmap", "granularity", "state"), [
@@ -201,11 +202,12 @@ def _cache_fields(facts: ImageFacts) -> Iterator[tuple[str, str]]:
         yield "map", f"{format_size(packed.raw)} of L2 tables pack into {about}{format_size(packed.packed)}"
 
 
-def _say_snapshots(facts: ImageFacts) -> None:
+def say_snapshots(snapshots: Sequence[Snapshot]) -> None:
+    """Print a table of snapshots."""
     from datetime import datetime
 
     rows = []
-    for snapshot in facts.snapshots:
+    for snapshot in snapshots:
         when = datetime.fromtimestamp(snapshot.seconds).strftime("%Y-%m-%d %H:%M:%S")
         seconds, milliseconds = divmod(snapshot.vm_clock_ns // 1_000_000, 1000)
         clock = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}.{milliseconds:03}"

@@ -23,6 +23,8 @@ VERBS = {
     "convert": "Copy a disk into a raw or qcow2 file, or to standard output.",
     "commit": "Copy what an overlay holds into its backing file.",
     "rebase": "Give an overlay another backing file.",
+    "snapshot": "List, take, apply or delete internal snapshots.",
+    "resize": "Give a disk another size.",
     "measure": "Say how large an image would be.",
     "serve": "Give disks to NBD clients: virtual machines, nbdcopy, qemu-img.",
     "bench": "Measure how fast an image is read, beside QEMU.",

@@ -114,6 +114,15 @@ class Allocator:
         first = offset >> self._bits
         self.free(self.lower([(first, (offset + length - 1 >> self._bits) - first + 1)]))
 
+    def drop_empty_blocks(self) -> list[Run]:
+        """Give up the last refcount blocks that count nothing but themselves; their clusters wait for free()."""
+        self.space.lower_end()
+        runs: list[Run] = []
+        while (cluster := self.refcounts.drop_empty_block()) is not None:
+            self._hold([(cluster, 1)])
+            runs.append((cluster, 1))
+        return runs
+
     def truncate_to_used(self) -> int:
         """Cut free clusters off the end of the file; returns its length in bytes. Raises StorageError."""
         length = self.space.lower_end() << self._bits

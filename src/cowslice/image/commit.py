@@ -171,7 +171,7 @@ class Commits:
     def _grow_counts(self, counts: RefcountStage) -> None:
         """New refcount blocks, then what points at them."""
         storage = self.tables.layer.storage
-        if not counts.new_blocks and counts.new_table is None:
+        if not (counts.new_blocks or counts.table_writes or counts.new_table):
             return
         for offset, content in counts.new_blocks:
             storage.pwrite(offset, content)
@@ -294,7 +294,8 @@ class Commits:
         layer.storage.sync()
 
     def guarded(self, act: Callable[[], None]) -> None:
-        """Do what makes something stable. What was written before a failed sync may be lost although later syncs succeed: never write again."""
+        """Do what makes something stable. Where that fails, what was written before may be lost although later syncs
+        succeed: never write again."""
         self.check()
         try:
             act()

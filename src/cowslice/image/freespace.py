@@ -103,7 +103,9 @@ class FreeSpace:
                 if not self._scan(chunk):
                     break
             elif not self._drop_tail():
-                break
+                if self.refcounts.has_block(chunk << self._shift >> self._block_shift):
+                    break
+                self.end = chunk << self._shift  # nothing counts it, so nothing is there
         return self.end
 
     def _fitting(self, count: int) -> int:

@@ -61,8 +61,12 @@ class Image:
         self.decompressed: DecompressedCache = chain.decompressed
         self.size: int = self.layers[0].size
         self._lease = Lease(self.path)
-        self._fast = None if options.metadata_only else _fast_path(self.layers)
-        self._writes = open_writes(chain, options, self._fast) if options.writable else None
+        try:
+            self._fast = None if options.metadata_only else _fast_path(self.layers)
+            self._writes = open_writes(chain, options, self._fast) if options.writable else None
+        except BaseException:
+            chain.stack.close()  # now: whoever keeps the error would keep the locks
+            raise
         self._upkeep = Upkeep((chain.cache, chain.decompressed), chain.slice_maps, warm=self._warms(),
                               interval=options.cache_clean_interval)
         # Also when nobody closes: an image that is forgotten must not leave its thread and its files behind.
@@ -258,15 +262,6 @@ class Image:
             with self._lease, writes.request():
                 writes.discard(offset, length)
 
-    def vacate(self) -> None:
-        """Forget all that the top file holds, so that its backing file shows everywhere. Raises as write.
-
-        Raises UnsupportedImage for a raw file, which always holds all of its disk.
-        """
-        writes = self._for_writing()
-        with self._lease, writes.request():
-            writes.vacate()
-
     def flush(self) -> None:
         """Return when every write that ended before the call is stable. Raises StorageError.
 
@@ -300,6 +295,17 @@ class Image:
         writes = self._for_writing()
         with self._lease, self._other_snapshots():
             writes.delete_snapshot(id_or_name)
+
+    def resize(self, size: int, *, shrink: bool = False, preallocation: str = "off") -> None:
+        """Give the disk `size` bytes, a multiple of 512, stably; what is added reads as zeros. Others wait meanwhile.
+
+        `shrink` permits fewer bytes than before: what lies behind them is lost. `preallocation` of what is added is
+        "off", "metadata", "falloc" or "full". Raises BadOption, RequestError, ReadOnly, UnsupportedImage, CorruptImage,
+        NoSpace or StorageError; then the size is as before.
+        """
+        writes = self._for_writing()
+        with self._lease, self._other_snapshots():
+            writes.resize(size, shrink=shrink, preallocation=preallocation)
 
     def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
         """Yield what the span is made of, in order, neighbours that continue each other as one; to the end by default.

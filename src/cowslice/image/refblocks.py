@@ -123,6 +123,11 @@ class Refblocks:
         self._changed[index] = block
         block.high = self._entries
 
+    def drop(self, index: int) -> None:
+        """Forget a block that the table does not name any more."""
+        self._changed.pop(index, None)
+        self._clean.pop(index, None)
+
     def touch(self, index: int, block: Refblock, low: int, high: int) -> None:
         """Take note that entries [low, high) of a block were changed."""
         block.version += 1

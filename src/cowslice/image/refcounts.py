@@ -49,7 +49,7 @@ class RefcountStage:
     table_changes: TableChanges = _NOTHING
 
     def __bool__(self) -> bool:
-        return bool(self.changes)
+        return bool(self.changes or self.table_writes)
 
 
 class Refcounts:
@@ -62,6 +62,7 @@ class Refcounts:
                  fences: Fences) -> None:
         self.table = Reftable(storage, header, geometry, fences)
         self.blocks = Refblocks(storage, self.table, geometry, budget=budget_bytes)
+        self._bits = geometry.cluster_bits
         self._limit = geometry.max_refcount
         self._order = geometry.refcount_order
         self._shift = geometry.refblock_entries.bit_length() - 1
@@ -128,6 +129,23 @@ class Refcounts:
     def has_block(self, index: int) -> bool:
         """Whether the table has a block of this index."""
         return self.table.block_offset(index) != 0
+
+    def drop_empty_block(self) -> int | None:
+        """Give up the last block if it counts nothing but itself; returns its cluster, which then counts 0, or None."""
+        self._apply_claims()
+        index = next(self.table.blocks_backwards(), 0)
+        block = self.blocks.get(index) if index else None
+        if block is None:
+            return None
+        cluster = block.offset >> self._bits
+        inside = cluster >> self._shift == index
+        if len(block.counts) - block.counts.count(0) != inside or self.get(cluster) != 1:
+            return None
+        if not inside:
+            self.lower([(cluster, 1)])
+        self.table.drop_block(index)
+        self.blocks.drop(index)
+        return cluster
 
     def add_block(self, index: int, cluster: int) -> None:
         """Make an empty block for entry `index` in a free host cluster, which then counts 1. Does no I/O."""

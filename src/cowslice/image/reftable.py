@@ -101,6 +101,12 @@ class Reftable:
         self.words[index] = encode_reftable_entry(offset)
         self._changed.add(index)
 
+    def drop_block(self, index: int) -> None:
+        """Say that nothing is counted there any more."""
+        self._fences.remove(self.block_offset(index), 1 << self._bits)
+        self.words[index] = 0
+        self._changed.add(index)
+
     def clusters_for(self, entries: int) -> int:
         """Clusters of a new table that shall have at least `entries`: half as many to spare. Raises NoSpace."""
         most = MAX_REFTABLE_BYTES // WORD

@@ -46,7 +46,7 @@ def open_writes(chain: Chain, options: OpenOptions, fast: FastPath | None) -> Wr
     if not isinstance(top, Qcow2Layer):
         passage, fences = Passage(), Fences()
         fast.make_writable(passage, fences)
-        return RawWrites(top, passage)
+        return RawWrites(top, passage, fast.resize)
     writer = open_writer(chain.layers, refcount_budget=chain.refcount_budget, slice_budget=chain.cache.budget)
     fast.make_writable(writer.tables.passage, writer.tables.fences)
     fast.writes_in_place = options.detect_zeroes == "off"

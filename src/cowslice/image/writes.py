@@ -7,12 +7,14 @@ Spans lie inside the disk; buffers are views of bytes, used until the call retur
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from cowslice.errors import UnsupportedImage
+from cowslice.errors import BadOption, OutOfRange, UnsupportedImage
 from cowslice.format.snapshots import Snapshot
 from cowslice.image.compressing import Compressing
-from cowslice.image.emptying import vacate
+from cowslice.image.filling import provide_space
+from cowslice.image.growth import Growth, check_resize
 from cowslice.image.layer import Layer
 from cowslice.image.passage import Passage
 from cowslice.image.snapshotting import Snapshotting
@@ -45,10 +47,6 @@ class Writes(ABC):
         """Forget the span where that gives space back."""
 
     @abstractmethod
-    def vacate(self) -> None:
-        """Forget everything the layer holds. Raises UnsupportedImage where the format cannot."""
-
-    @abstractmethod
     def flush(self) -> None:
         """Make all earlier writes stable."""
 
@@ -63,6 +61,10 @@ class Writes(ABC):
     def delete_snapshot(self, id_or_name: str) -> None:
         """Delete an internal snapshot."""
         raise self._no_snapshots()
+
+    @abstractmethod
+    def resize(self, size: int, *, shrink: bool, preallocation: str) -> None:
+        """Give the disk another size. Outside of any request."""
 
     def _no_snapshots(self) -> UnsupportedImage:
         return UnsupportedImage("a raw file has no snapshots, expected a qcow2 image",
@@ -81,25 +83,33 @@ class Qcow2Writes(Writes):
         self.zeroing = Zeroing(writer, rules)
         self.compressing = Compressing(writer)
         self.snapshotting = Snapshotting(writer)
+        self.growth = Growth(writer, self.zeroing)
         self._finished = False
 
     def request(self) -> AbstractContextManager[object]:
         return self.writer.tables.passage
 
     def write(self, offset: int, view: memoryview) -> None:
+        self._check_end(offset + len(view))
         self.writer.write(offset, view)
 
     def write_compressed(self, offset: int, view: memoryview) -> None:
+        self._check_end(offset + len(view))
         self.compressing.write(offset, view)
 
     def zero(self, offset: int, length: int, *, keep: bool) -> None:
+        self._check_end(offset + length)
         self.zeroing.zero(offset, length, keep=keep)
 
     def discard(self, offset: int, length: int) -> None:
+        self._check_end(offset + length)
         self.zeroing.discard(offset, length)
 
-    def vacate(self) -> None:
-        vacate(self.writer)
+    def _check_end(self, end: int) -> None:
+        """Inside the request: the disk may have become smaller since it was asked for."""
+        if end > self.writer.layer.size:
+            raise OutOfRange(f"a change up to byte {end} was asked, expected a span inside the disk of "
+                             f"{self.writer.layer.size} bytes")
 
     def flush(self) -> None:
         self.writer.commits.flush()
@@ -113,6 +123,9 @@ class Qcow2Writes(Writes):
     def delete_snapshot(self, id_or_name: str) -> None:
         self.snapshotting.delete(id_or_name)
 
+    def resize(self, size: int, *, shrink: bool, preallocation: str) -> None:
+        self.growth.resize(size, shrink=shrink, preallocation=preallocation)
+
     def finish(self) -> None:
         if not self._finished:
             self._finished = True
@@ -120,9 +133,11 @@ class Qcow2Writes(Writes):
 
 
 class RawWrites(Writes):
-    """Writes to a raw file, whose size stays as it is."""
+    """Writes to a raw file. `resized` is told another size while nobody is inside."""
 
-    def __init__(self, layer: Layer, passage: Passage) -> None:
+    def __init__(self, layer: Layer, passage: Passage, resized: Callable[[int], object]) -> None:
+        self._layer = layer
+        self._resized = resized
         self.storage: Storage = layer.storage
         self._name = layer.name
         self._passage = passage
@@ -143,9 +158,18 @@ class RawWrites(Writes):
     def discard(self, offset: int, length: int) -> None:
         self.storage.discard(offset, length)
 
-    def vacate(self) -> None:
-        raise UnsupportedImage(f"'{self._name}' is raw, expected a qcow2 image: a raw file has nothing below it",
-                               features=("empty layer in a raw file",))
+    def resize(self, size: int, *, shrink: bool, preallocation: str) -> None:
+        with self._passage.exclusive():
+            before = self._layer.size
+            check_resize(before, size, shrink=shrink, preallocation=preallocation)
+            if preallocation == "metadata":
+                raise BadOption("preallocation is 'metadata', expected off, falloc or full: a raw file has none")
+            self.storage.truncate(size)
+            if size > before:
+                provide_space(self.storage, preallocation, before, size - before)
+            self.storage.sync()
+            self._layer.size = size
+            self._resized(size)
 
     def flush(self) -> None:
         self.storage.sync()
