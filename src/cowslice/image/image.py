@@ -262,6 +262,15 @@ class Image:
             with self._lease, writes.request():
                 writes.discard(offset, length)
 
+    def vacate(self) -> None:
+        """Forget all that the top file holds, so that its backing file shows everywhere. Raises as write.
+
+        Raises UnsupportedImage for a raw file, which always holds all of its disk.
+        """
+        writes = self._for_writing()
+        with self._lease, writes.request():
+            writes.vacate()
+
     def flush(self) -> None:
         """Return when every write that ended before the call is stable. Raises StorageError.
 

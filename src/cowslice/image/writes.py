@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from cowslice.errors import BadOption, OutOfRange, UnsupportedImage
 from cowslice.format.snapshots import Snapshot
 from cowslice.image.compressing import Compressing
+from cowslice.image.emptying import vacate
 from cowslice.image.filling import provide_space
 from cowslice.image.growth import Growth, check_resize
 from cowslice.image.layer import Layer
@@ -45,6 +46,10 @@ class Writes(ABC):
     @abstractmethod
     def discard(self, offset: int, length: int) -> None:
         """Forget the span where that gives space back."""
+
+    @abstractmethod
+    def vacate(self) -> None:
+        """Forget everything the layer holds. Raises UnsupportedImage where the format cannot."""
 
     @abstractmethod
     def flush(self) -> None:
@@ -105,6 +110,9 @@ class Qcow2Writes(Writes):
         self._check_end(offset + length)
         self.zeroing.discard(offset, length)
 
+    def vacate(self) -> None:
+        vacate(self.writer)
+
     def _check_end(self, end: int) -> None:
         """Inside the request: the disk may have become smaller since it was asked for."""
         if end > self.writer.layer.size:
@@ -157,6 +165,10 @@ class RawWrites(Writes):
 
     def discard(self, offset: int, length: int) -> None:
         self.storage.discard(offset, length)
+
+    def vacate(self) -> None:
+        raise UnsupportedImage(f"'{self._name}' is raw, expected a qcow2 image: a raw file has nothing below it",
+                               features=("empty layer in a raw file",))
 
     def resize(self, size: int, *, shrink: bool, preallocation: str) -> None:
         with self._passage.exclusive():
