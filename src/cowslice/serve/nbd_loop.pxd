@@ -23,6 +23,7 @@ cdef class Loop(Answering):
     cdef uint64_t most_bytes
     cdef uint32_t most_requests
     cdef int idle_ms
+    cdef uint64_t home          # the thread that runs the loop; 0 before and after
     cdef bint stopping
     cdef bint broken            # nothing can be sent any more
     cdef uint8_t *incoming

@@ -19,6 +19,7 @@ from cowslice.cache.pthread cimport (
     pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_signal, pthread_cond_wait, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock)
 from cowslice.image.fastpath cimport FastPath
+from cowslice.image.recorder cimport ASKED_READ, ASKED_WRITE, record
 from cowslice.image.translation cimport Target
 from cowslice.serve.nbd_answering cimport Answering
 from cowslice.serve.nbd_frames cimport (
@@ -32,6 +33,9 @@ import threading
 
 from cowslice.errors import Closed
 from cowslice.image.compressed import cores
+
+cdef extern from "<pthread.h>" nogil:
+    uint64_t pthread_self()
 
 cdef extern from "<sys/socket.h>" nogil:
     int MSG_NOSIGNAL
@@ -103,7 +107,9 @@ cdef class Loop(Answering):
         self.fast.active += 1
         try:
             with nogil:
+                self.home = pthread_self()
                 end = self.serve()
+                self.home = 0
                 self.wait_for_rest()
             for thread in self.threads:
                 thread.join()
@@ -136,6 +142,10 @@ cdef class Loop(Answering):
         cdef const uint8_t[::1] view = parts[0] if len(parts) == 1 else b"".join(parts)
         cdef bint sent
         if view.shape[0] == 0:
+            return not self.broken
+        if pthread_self() == self.home and self.out.used + view.shape[0] <= ARENA and reserve(&self.out, view.shape[0]):
+            memcpy(self.out.bytes + self.out.used, &view[0], view.shape[0])  # goes with the next send of the loop
+            self.out.used += view.shape[0]
             return not self.broken
         with nogil:
             sent = self.send_all(&view[0], view.shape[0])
@@ -275,15 +285,15 @@ cdef class Loop(Answering):
         for i in range(count):
             if self.out.used and self.out.used + asks[i].length + 64 > ARENA and not self.flush():
                 return False
-            if self.fast.writable:
-                if self.answer_inside(&asks[i], &targets[i]):
-                    continue
-            elif self.answer(&asks[i], &targets[i], &self.out):
+            if self.answer_inside(&asks[i], &targets[i]) if self.fast.writable else self.answer(&asks[i], &targets[i], &self.out):
+                record(self.fast.recorder, ASKED_READ, asks[i].offset, asks[i].length)
                 continue
             if not self.fast.in_memory or self.inflates(&asks[i], &targets[i]):
                 if not self.enqueue(&asks[i]):
                     return False
-            elif not self.answer_slowly(&asks[i], &self.out) and not self.pass_on(&asks[i], NULL, 0):
+            elif self.answer_slowly(&asks[i], &self.out):
+                record(self.fast.recorder, ASKED_READ, asks[i].offset, asks[i].length)
+            elif not self.pass_on(&asks[i], NULL, 0):
                 return False
         pthread_mutex_lock(&self.lock)
         count_reads(&self.tally, self.size, asks, count, now_ns())
@@ -314,6 +324,7 @@ cdef class Loop(Answering):
         self.fast.leave(ticket)
         if done < ask.length:
             return False
+        record(self.fast.recorder, ASKED_WRITE, ask.offset, ask.length)
         put_done(self.mode, &self.out, ask)
         pthread_mutex_lock(&self.lock)
         count_write(&self.tally, self.size, ask, now_ns())
@@ -365,8 +376,11 @@ cdef class Loop(Answering):
         pthread_mutex_unlock(&self.lock)
 
     cdef bint pass_on(self, const Ask *ask, const uint8_t *payload, uint64_t payload_size) noexcept nogil:
-        """Hand a request over to Python, after sending what is ready: it may be long until the next send."""
-        if not self.flush():
+        """Hand a request over to Python, after sending what is ready: it may be long until the next send.
+
+        A write that need not be stable is answered soon; many of them are answered with one send.
+        """
+        if (ask.command != WRITE or ask.flags & FUA or self.out.used > ARENA // 2) and not self.flush():
             return False
         self.admit(ask.length)
         return self.tell(ask, payload, payload_size)
@@ -444,6 +458,7 @@ cdef class Loop(Answering):
         own.bytes = <uint8_t *> malloc(job.ask.length + 256)
         own.room = job.ask.length + 256 if own.bytes != NULL else 0
         if self.answer_slowly(&job.ask, &own):
+            record(self.fast.recorder, ASKED_READ, job.ask.offset, job.ask.length)
             self.send_all(own.bytes, own.used)
             self.settle(job.ask.length)
         elif not self.tell(&job.ask, NULL, 0):
