@@ -56,7 +56,7 @@ def test_words_that_contradict_each_other_are_refused(words: str, disk: Path) ->
     assert cowslice("snapshot", *words.split(), disk).status == 64
 
 
-@pytest.mark.parametrize(("flag", "wanted", "size"), [
+@pytest.mark.parametrize("flag,wanted,size", [
     ("-q", "2M", 2 << 20), ("--shrink", "-512K", 512 << 10), ("--preallocation=full", "+513", (1 << 20) + 1024)])
 def test_the_disk_has_the_size_that_was_asked(flag: str, wanted: str, size: int, disk: Path) -> None:
     said = cowslice("resize", flag, "--", disk, wanted)
