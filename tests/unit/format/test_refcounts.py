@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cowslice.errors import CorruptImage, InternalError
 from cowslice.format.geometry import Geometry
@@ -12,11 +15,13 @@ from cowslice.format.refcounts import (
     decode_reftable,
     encode_reftable_entry,
     get_refcount,
+    last_count,
     pack_refblock,
     refblock_offset,
     reftable_reserved,
     set_refcount,
     unpack_refblock,
+    zero_counts,
 )
 from cowslice.format.words import pack_words, unpack_words
 
@@ -91,3 +96,22 @@ def test_a_block_offset_that_no_entry_can_hold_is_our_fault() -> None:
 def test_a_table_of_broken_length_is_our_fault() -> None:
     with pytest.raises(InternalError):
         unpack_words(bytes(9))
+
+
+counts_by_chance = st.integers(0, 6).flatmap(lambda order: st.tuples(
+    st.just(order),
+    st.lists(st.one_of(st.just(0), st.just(0), st.integers(0, (1 << (1 << order)) - 1)), min_size=8, max_size=400)
+    .map(lambda counts: counts[: len(counts) // 8 * 8])))
+
+
+@given(counts_by_chance)
+def test_free_runs_and_the_last_count_are_those_of_a_plain_look(drawn: tuple[int, list[int]]) -> None:
+    order, counts = drawn
+    raw = bytearray((len(counts) << order) // 8)
+    for index, count in enumerate(counts):
+        set_refcount(raw, index, order, count)
+    runs = zero_counts(bytes(raw), order)
+    assert [index for start, length in runs for index in range(start, start + length)] == [
+        index for index, count in enumerate(counts) if not count]
+    assert all(start + length < after for (start, length), (after, _) in itertools.pairwise(runs))
+    assert last_count(bytes(raw), order) == max((index for index, count in enumerate(counts) if count), default=-1)
