@@ -12,11 +12,11 @@ import click
 
 from cowslice.cli import exitcodes
 from cowslice.cli.creating import asks_for_keys, check_format, create_options, join, parse_keys, say_keys
-from cowslice.cli.images import open_image
+from cowslice.cli.images import describe, explained, open_image
 from cowslice.cli.options import CACHE_MODES, Given, chain, common, image_format, snapshot_name
 from cowslice.cli.output import warn
 from cowslice.cli.termination import Terminated, ending_on_sigterm
-from cowslice.errors import BadOption, UnsupportedImage
+from cowslice.errors import BadOption
 from cowslice.units import parse_size
 
 if TYPE_CHECKING:
@@ -104,21 +104,25 @@ def command(
             disks = [stack.enter_context(open_image(source, given, warmup="off", decompressed_cache_size=0,
                                                     snapshot=snapshot_name(snapshot)))
                      for source in sources]
+            if target_format == "qcow2" and existing:
+                _convert_into(disks, target, options, given, is_zero=target_is_zero, progress=progress and not quiet)
+                return None
             if target_format == "qcow2":
-                _convert_to_qcow2(disks, target, options, wish, given, sync=target_cache != "unsafe",
+                copy_to_qcow2(disks, target, options, wish, given, sync=target_cache != "unsafe",
                                   progress=progress and not quiet)
                 return None
-            _convert(disks, target, options, existing=existing, is_zero=target_is_zero, sync=target_cache != "unsafe",
-                     progress=progress and not quiet)
+            copy_to_raw(disks, target, options, existing=existing, is_zero=target_is_zero,
+                        sync=target_cache != "unsafe", progress=progress and not quiet)
     except Terminated:
         return exitcodes.TERMINATED
     return None
 
 
-def _convert(
+def copy_to_raw(
     disks: list[Image], target: str, options: ConvertOptions, *, existing: bool, is_zero: bool, sync: bool,
     progress: bool,
 ) -> None:
+    """Copy into a raw file, new or `existing`, or with '-' to standard output."""
     from cowslice.cli.progress import maybe_shown
     from cowslice.ops.convert import convert
     from cowslice.ops.rawtarget import Stream, raw_target, refuse_sources
@@ -130,7 +134,7 @@ def _convert(
             advance = stack.enter_context(maybe_shown("converting", progress))
             convert(disks, stream, options, progress=advance, warn=warn)
             return
-        refuse_sources(target, _descriptors(disks))
+        refuse_sources(target, descriptors(disks))
         file = raw_target(target, size, existing=existing, is_zero=is_zero, sync=sync)
         stack.enter_context(file)
         advance = stack.enter_context(maybe_shown("converting", progress))
@@ -156,17 +160,37 @@ def _refuse(
 
 
 def _refuse_qcow2(wish: Wish, sources: tuple[str, ...], target: str, *, existing: bool) -> None:
-    if existing:
-        raise UnsupportedImage("-n with -O qcow2 is refused: this program writes copies into new qcow2 images only")
+    if existing and wish != Wish():
+        raise BadOption("-n takes an image as it is, expected no -o, -B, -F, -c or --replace-data-file beside it")
     if target == "-":
         raise BadOption("a qcow2 image is not written front to back, expected a file, not standard output")
     if len(sources) > 1 and wish.backing is not None:
         raise BadOption("-B names a backing file of one disk, but there are several sources")
 
 
-def _convert_to_qcow2(
+def _convert_into(
+    disks: list[Image], target: str, options: ConvertOptions, given: Given, *, is_zero: bool, progress: bool
+) -> None:
+    """Write over a qcow2 image that is there; its backing and data files pass the gate as those of a source do."""
+    from cowslice.cli.progress import maybe_shown
+    from cowslice.image.image import Image
+    from cowslice.ops.convert import convert
+    from cowslice.ops.imagetarget import ImageTarget
+    from cowslice.ops.rawtarget import refuse_sources
+
+    refuse_sources(target, descriptors(disks))
+    name, how = describe(target, Given(format_name="qcow2", allowed=given.allowed, allow_any=given.allow_any),
+                         writable=True, warmup="off")
+    with explained(), Image(name, how) as image:
+        wanted = ImageTarget(image, sum(disk.size for disk in disks), is_zero=is_zero)
+        with maybe_shown("converting", progress) as advance:
+            convert(disks, wanted, options, progress=advance, warn=warn)
+
+
+def copy_to_qcow2(
     disks: list[Image], target: str, options: ConvertOptions, wish: Wish, given: Given, *, sync: bool, progress: bool
 ) -> None:
+    """Copy into a new qcow2 image."""
     from cowslice.cli.progress import maybe_shown
     from cowslice.image.backing import check_backing
     from cowslice.image.creation import new_image
@@ -183,7 +207,7 @@ def _convert_to_qcow2(
                           replace_data_file=wish.replace_data_file)
     if wish.compress:
         check_compressible(made)
-    refuse_sources(target, _descriptors(disks))
+    refuse_sources(target, descriptors(disks))
     refuse_data_content(target, made)
     size = made.check_size(sum(disk.size for disk in disks))
     backing_size = check_backing(made, target) if made.backing_file is not None else 0
@@ -192,7 +216,8 @@ def _convert_to_qcow2(
                          progress=advance, warn=warn)
 
 
-def _descriptors(disks: list[Image]) -> list[int]:
+def descriptors(disks: list[Image]) -> list[int]:
+    """Of every file that the disks are read from."""
     return [storage.fileno() for disk in disks for layer in disk.layers for storage in (layer.storage, layer.data)]
 
 

@@ -25,6 +25,7 @@ VERBS = {
     "rebase": "Give an overlay another backing file.",
     "snapshot": "List, take, apply or delete internal snapshots.",
     "resize": "Give a disk another size.",
+    "dd": "Copy blocks of a disk into a new file.",
     "measure": "Say how large an image would be.",
     "serve": "Give disks to NBD clients: virtual machines, nbdcopy, qemu-img.",
     "bench": "Measure how fast an image is read, beside QEMU.",
