@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from cowslice.nbd.wire import Command
 from cowslice.testing import peers
+from cowslice.tune.trace import open_trace
 from tests.unit.serve.certificates import Authority
 from tests.unit.serve.rawclient import PATIENCE, RawClient, connect, connected_to, model
 
@@ -247,3 +249,19 @@ def test_image_options_and_caching_are_those_of_qemu_nbd(image: Path, place: str
                      f"driver=qcow2,file.filename={image},l2-cache-size=64k")
     assert "identical" in peers.qemu_img("compare", "-f", "raw", "-F", "qcow2", f"nbd+unix:///?socket={place}", image)
     assert server.wait()[0] == 0
+
+
+def test_a_capture_holds_what_clients_asked(image: Path, place: str, tmp_path: Path) -> None:
+    server = Running("-k", place, "--capture", tmp_path / "trace", image)
+    client = connect(place)
+    assert client.read(4096, 512).error == 0
+    client.ask(Command.DISC)
+    client.socket.close()
+    assert server.wait() == (0, "")
+    assert [(chunk.offset.tolist(), chunk.length.tolist()) for chunk in open_trace(tmp_path / "trace")] == [([4096], [512])]
+
+
+def test_a_capture_of_several_disks_is_refused(image: Path, place: str, tmp_path: Path) -> None:
+    ended = run("-k", place, "--capture", tmp_path / "trace", f"a={image}", f"b={image}")
+    assert ended.returncode == 64
+    assert "--capture is of one disk" in ended.stderr

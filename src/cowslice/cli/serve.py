@@ -30,6 +30,7 @@ Examples:
   cowslice serve -t -k /run/vm.sock -A -B daily vm.qcow2
   cowslice serve -t --tls-creds /etc/pki/qemu vm.qcow2
   cowslice serve -t -k /run/vm.sock --metrics 9184 vm.qcow2
+  cowslice serve -t -k /run/vm.sock --capture vm.trace vm.qcow2
   cowslice serve -L -k /run/vm.sock                  (what a server offers)
 
 \b
@@ -79,6 +80,7 @@ Exit status: 0 ended as it should, 1 failed, 64 usage."""
               help="What they may add up to.")
 @click.option("--metrics", metavar="[HOST:]PORT",
               help="Show counts for people, and at /metrics for Prometheus, at this HTTP address.")
+@click.option("--capture", metavar="FILE", help="Record what clients ask in this new file, for `cowslice tune`.")
 @click.option("--fork", is_flag=True, help="Go into the background once clients can connect.")
 @click.option("--pid-file", metavar="PATH", help="Keep the process number in this file.")
 @click.option("-L", "--list", "listing", is_flag=True, help="List what the server at -k, or -b and -p, offers.")

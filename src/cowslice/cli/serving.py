@@ -54,6 +54,7 @@ class Wanted:
     max_in_flight: int
     max_in_flight_bytes: str
     metrics: str | None
+    capture: str | None
     fork: bool
     pid_file: str | None
     listing: bool
@@ -137,6 +138,8 @@ def open_exports(images: tuple[str, ...], wanted: Wanted, given: Given, stack: E
     for name, image in named:
         disk = stack.enter_context(
             open_image(image, given, snapshot=_snapshot(wanted.snapshot), writable=wanted.writable))
+        if wanted.capture is not None:
+            _capture(disk, wanted.capture, stack)
         exports.append(_export(disk, name, wanted, bitmaps=wanted.bitmaps))
         if wanted.all_snapshots:
             exports += [
@@ -144,6 +147,20 @@ def open_exports(images: tuple[str, ...], wanted: Wanted, given: Given, stack: E
                 for snapshot, called in _snapshots(disk, name)
             ]
     return exports
+
+
+def _capture(disk: Image, path: str, stack: ExitStack) -> None:
+    """Record what the disk is asked, and say at the end if some of it was too fast."""
+    from cowslice.cli.output import warn
+
+    capture = disk.capture(path)
+
+    def tell() -> None:
+        if capture.lost:
+            warn(f"'{path}' misses {capture.lost} requests that came faster than it could take them")
+
+    stack.callback(tell)
+    stack.enter_context(capture)
 
 
 def _named(images: tuple[str, ...], wanted: Wanted) -> list[tuple[str, str]]:
@@ -169,6 +186,8 @@ def _refuse_contradictions(named: list[tuple[str, str]], wanted: Wanted) -> None
         raise click.UsageError("-l, -B and -D are for one image, but several are given")
     if wanted.snapshot is not None and (wanted.bitmaps or wanted.all_snapshots):
         raise click.UsageError("-l excludes -B and --all-snapshots: bitmaps belong to the disk as it is now")
+    if wanted.capture is not None and (len(named) > 1 or wanted.all_snapshots):
+        raise click.UsageError("--capture is of one disk, but several are given")
     if wanted.tls_hostname is not None:
         raise click.UsageError("--tls-hostname goes with -L only")
 

@@ -3,6 +3,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from cowslice.image.passage cimport Passage
+from cowslice.image.recorder cimport Recorder
 from cowslice.image.translation cimport Target, Translation
 
 cdef class FastPath(Translation):
@@ -10,6 +11,7 @@ cdef class FastPath(Translation):
     cdef bint closed
     cdef readonly bint writable
     cdef Passage passage
+    cdef readonly Recorder recorder     # of what is asked here; it runs while a capture is open
     cdef bint read_target(self, const Target *target, uint8_t *buffer, uint64_t length) noexcept nogil
     cdef uint64_t read_span(self, uint64_t offset, uint8_t *buffer, uint64_t length) noexcept nogil
     cdef uint64_t read_lone(self, uint64_t offset, uint8_t *buffer, uint64_t length) noexcept nogil
@@ -17,6 +19,7 @@ cdef class FastPath(Translation):
     cdef void write_some(self, Batch batch, int64_t first, int64_t end) noexcept nogil
     cdef int64_t enter(self) noexcept nogil
     cdef void leave(self, int64_t ticket) noexcept nogil
+    cdef void record_some(self, Batch batch, int64_t first, int64_t end) noexcept nogil
     cdef void read_batch(self, Batch batch) noexcept nogil
     cdef void read_some(self, Batch batch, int64_t first, int64_t end) noexcept nogil
     cdef void locate_some(self, Batch batch, int64_t first, int64_t end, Target *targets) noexcept nogil

@@ -3,7 +3,7 @@
 
 It only does faster what image.reading and image.writing do; whatever is not plain it leaves to them by returning early,
 so it raises nothing of its own about an image. No lock is held while reading or writing; on an image that may be written
-each request goes through the passage.
+each request goes through the passage. Who answers a request, records it: a whole one that begins here, here.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -16,6 +16,7 @@ from cowslice.image.fences cimport Fences
 from cowslice.image.hostread cimport read_host, write_host
 from cowslice.image.inflated cimport InflatedClusters, Stream
 from cowslice.image.passage cimport Passage
+from cowslice.image.recorder cimport ASKED_READ, ASKED_WRITE, Recorder, record
 from cowslice.image.translation cimport Target, Translation
 
 import threading
@@ -38,6 +39,9 @@ cdef class FastPath(Translation):
 
     The storages behind the descriptors must stay open until `close` has returned.
     """
+
+    def __cinit__(self):
+        self.recorder = Recorder()
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -81,10 +85,11 @@ cdef class FastPath(Translation):
             done += target.length
         return done
 
-    def read_into(self, uint64_t offset, buffer, uint64_t start=0):
+    def read_into(self, uint64_t offset, buffer, uint64_t start=0, bint noted=False):
         """Fill `buffer` with the guest bytes from `offset`, beginning at its byte `start`; returns where it stopped.
 
-        That is the length of the buffer, or the first byte that image.reading has to provide. Raises OutOfRange, Closed.
+        That is the length of the buffer, or the first byte that image.reading has to provide. A capture has it as a read,
+        unless it was `noted` or goes on with one. Raises OutOfRange, Closed.
         """
         cdef Py_buffer view
         cdef uint64_t done
@@ -99,6 +104,8 @@ cdef class FastPath(Translation):
                 return view.len
             self.active += 1
             with nogil:
+                if start == 0 and not noted:
+                    record(self.recorder, ASKED_READ, offset, view.len)
                 done = start + self.read_lone(offset + start, <uint8_t *> view.buf + start, view.len - start)
             self.active -= 1
             return done
@@ -150,6 +157,8 @@ cdef class FastPath(Translation):
                 return min(start, <uint64_t> view.len)
             self.active += 1
             with nogil:
+                if start == 0:
+                    record(self.recorder, ASKED_WRITE, offset, view.len)
                 ticket = self.passage.enter()
                 done = start + self.write_span(offset + start, <const uint8_t *> view.buf + start, view.len - start)
                 self.passage.leave(ticket)
@@ -259,6 +268,8 @@ cdef class FastPath(Translation):
         cdef int64_t first = fetch_add(&batch.next, CLAIM)
         cdef int64_t ticket
         while first < batch.count:
+            if self.recorder.running:
+                self.record_some(batch, first, min(first + CLAIM, batch.count))
             ticket = self.enter()
             if batch.writing:
                 self.write_some(batch, first, min(first + CLAIM, batch.count))
@@ -266,6 +277,13 @@ cdef class FastPath(Translation):
                 self.read_some(batch, first, min(first + CLAIM, batch.count))
             self.leave(ticket)
             first = fetch_add(&batch.next, CLAIM)
+
+    cdef void record_some(self, Batch batch, int64_t first, int64_t end) noexcept nogil:
+        cdef uint64_t now = self.recorder.enter()
+        cdef int64_t i
+        for i in range(first, end):
+            self.recorder.put(now, ASKED_WRITE if batch.writing else ASKED_READ, batch.offsets[i], batch.length)
+        self.recorder.leave()
 
     cdef void read_some(self, Batch batch, int64_t first, int64_t end) noexcept nogil:
         """Translate what is resident under one lock, then read; the rest goes one by one."""

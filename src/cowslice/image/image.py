@@ -6,6 +6,7 @@ that are inside finish first, later ones raise Closed.
 
 from __future__ import annotations
 
+import os
 import weakref
 from array import array
 from collections.abc import Iterable, Iterator
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 
     from _typeshed import ReadableBuffer, WriteableBuffer
 
+    from cowslice.image.capture import Capture
+
+_WRITE, _FLUSH, _DISCARD, _ZERO = range(1, 5)  # kinds of requests in a capture
 MAX_THREADS = 64  # of one read_many; more only wait for each other
 
 
@@ -69,6 +73,7 @@ class Image:
             raise
         self._upkeep = Upkeep((chain.cache, chain.decompressed), chain.slice_maps, warm=self._warms(),
                               interval=options.cache_clean_interval)
+        self._files = chain.stack
         # Also when nobody closes: an image that is forgotten must not leave its thread and its files behind.
         self._release = weakref.finalize(self, _give_back, self._upkeep, self._writes, chain.stack)
 
@@ -156,14 +161,15 @@ class Image:
         self.read_into(offset, buffer)
         return bytes(buffer)
 
-    def read_into(self, offset: int, buffer: WriteableBuffer) -> None:
+    def read_into(self, offset: int, buffer: WriteableBuffer, *, noted: bool = False) -> None:
         """Fill the whole of `buffer`, any contiguous writable one, from `offset`.
 
+        A capture leaves out what is `noted`: a part of a request that it was told of as a whole.
         Raises OutOfRange, Closed, CorruptImage, StorageError or CryptoError; then its content is unknown.
         """
         if self._fast is None or not 0 <= offset <= self.size:
             raise self._refusal(offset)
-        done = self._fast.read_into(offset, buffer)
+        done = self._fast.read_into(offset, buffer, 0, noted)
         if done < memoryview(buffer).nbytes:
             self._complete(offset, memoryview(buffer).cast("B"), done)
 
@@ -206,7 +212,10 @@ class Image:
         """
         writes, view = self._for_writing(), memoryview(data).cast("B")
         if self._options.detect_zeroes != "off" and is_zero(view):
-            self.zero(offset, len(view), keep=self._options.detect_zeroes == "on")
+            self._check_span(offset, len(view))
+            self._note(_WRITE, offset, len(view))
+            with self._lease, writes.request():
+                writes.zero(offset, len(view), keep=self._options.detect_zeroes == "on")
             return
         assert self._fast is not None
         done = self._fast.write_from(offset, view)
@@ -238,6 +247,7 @@ class Image:
         """
         writes, view = self._for_writing(), memoryview(data).cast("B")
         self._check_span(offset, len(view))
+        self._note(_WRITE, offset, len(view))
         with self._lease, writes.request():
             writes.write_compressed(offset, view)
 
@@ -248,6 +258,7 @@ class Image:
         """
         writes = self._for_writing()
         self._check_span(offset, length)
+        self._note(_ZERO, offset, length)
         with self._lease, writes.request():
             writes.zero(offset, length, keep=keep)
 
@@ -258,6 +269,7 @@ class Image:
         """
         writes = self._for_writing()
         self._check_span(offset, length)
+        self._note(_DISCARD, offset, length)
         if self._options.discard == "unmap":
             with self._lease, writes.request():
                 writes.discard(offset, length)
@@ -276,6 +288,7 @@ class Image:
 
         After a failed flush the image takes no more writes until it is opened again.
         """
+        self._note(_FLUSH, 0, 0)
         if self._writes is not None:
             with self._lease:
                 self._writes.flush()
@@ -329,6 +342,21 @@ class Image:
         """Return a new binary file object over the disk, with its own position. Closing it leaves the image open."""
         return ImageFile(self, self.path)
 
+    def capture(self, path: str | os.PathLike[str]) -> Capture:
+        """Record in the new file `path` what the disk is asked from now on, until the capture or the image is closed.
+
+        A request takes 16 bytes; image.capture says which. `with disk.capture(path):` closes it. Raises RequestError
+        while another capture of this image goes on, BadOption for a disk too large to describe, Closed, StorageError.
+        """
+        from cowslice.image.capture import Capture  # only here: start-up stays light
+
+        if self._fast is None:
+            raise self._refusal(0)
+        with self._lease:
+            capture = Capture(path, self._fast.recorder, size=self.size)
+            self._files.callback(capture.close)
+        return capture
+
     def wait_warm(self, timeout: float | None = None) -> bool:
         """Wait until the warm-up of the maps is over, at most `timeout` seconds; return whether it is."""
         return self._upkeep.wait_warm(timeout)
@@ -336,7 +364,7 @@ class Image:
     def close(self) -> None:
         """Finish the requests under way, flush, then give everything back. It may be called twice and by any thread.
 
-        Raises StorageError where the flush fails; the files are closed all the same.
+        Raises StorageError where the flush fails, or the end of a capture; the files are closed all the same.
         """
         if self._fast is not None:
             self._fast.close()
@@ -392,6 +420,11 @@ class Image:
     def _in_flight(self) -> AbstractContextManager[object]:
         """Tell writers that a request is inside: what it looks at is not used again before it has left."""
         return nullcontext() if self._writes is None else self._writes.request()
+
+    def _note(self, kind: int, offset: int, length: int) -> None:
+        """Tell a capture of a request that the compiled path does not see."""
+        if self._fast is not None and self._fast.recorder.running and (length or kind == _FLUSH):
+            self._fast.recorder.note(kind, offset, length)
 
     def _for_writing(self) -> Writes:
         if self._writes is None:

@@ -41,3 +41,9 @@ cdef class Recorder:
     cdef void drain(self) noexcept nogil
     cdef uint64_t wait_for_records(self) noexcept nogil
     cdef void forget(self, uint64_t first, uint64_t count) noexcept nogil
+
+
+cdef inline void record(Recorder recorder, uint64_t kind, uint64_t offset, uint64_t length) noexcept nogil:
+    """Tell a recorder if it runs: next to nothing where it does not."""
+    if recorder.running:
+        recorder.tell(kind, offset, length)

@@ -84,22 +84,23 @@ class Answers:
         offset, length = request.offset, request.length
         if not self._chunks or request.flags & CommandFlag.DF or length < HOLES_FROM:
             return self._replies.read(request, [self._data(offset, length)] if length else [])
+        self._note_read(offset, length)
         pieces: list[Data | Hole] = []
         start = offset  # of the data that waits to be read
         for part, zero in self._export.stored(offset, length):
             if zero and part >= SHORTEST_HOLE:
                 if offset > start:
-                    pieces.append(self._data(start, offset - start))
+                    pieces.append(self._data(start, offset - start, noted=True))
                 pieces.append(Hole(offset, part))
                 start = offset + part
             offset += part
         if offset > start:
-            pieces.append(self._data(start, offset - start))
+            pieces.append(self._data(start, offset - start, noted=True))
         return self._replies.read(request, pieces)
 
-    def _data(self, offset: int, length: int) -> Data:
+    def _data(self, offset: int, length: int, *, noted: bool = False) -> Data:
         buffer = bytearray(length)
-        self._disk.read_into(offset, buffer)
+        self._disk.read_into(offset, buffer, noted=noted)
         return Data(offset, buffer)
 
     def _status(self, request: Request) -> bytes:
@@ -114,10 +115,17 @@ class Answers:
         """Read and forget: what it passes through (the map, the page cache, decompressed clusters) remembers."""
         buffer = memoryview(bytearray(min(length, MiB)))
         end = offset + length
+        self._note_read(offset, length)
         while offset < end:
             part = buffer[: min(end - offset, len(buffer))]
-            self._disk.read_into(offset, part)
+            self._disk.read_into(offset, part, noted=True)
             offset += len(part)
+
+    def _note_read(self, offset: int, length: int) -> None:
+        """Tell a capture once of what is read in parts."""
+        fast = self._export.fast
+        if length and fast is not None and fast.recorder.running:
+            fast.recorder.note(0, offset, length)
 
     def _failure(self, request: Request, fault: Exception) -> bytes:
         self._tell(request, fault)
