@@ -14,14 +14,16 @@ from cowslice.errors import CorruptImage
 from cowslice.format.entries import COMPRESSED, COPIED, L2_OFFSET_MASK, l2_table_offset
 from cowslice.format.geometry import Geometry
 from cowslice.storage.base import Storage
-from cowslice.units import SECTOR, MiB
+from cowslice.units import SECTOR, KiB, MiB
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Numbers = NDArray[Any]
 
-_BATCH = 8 * MiB  # of L2 tables in memory at once
+_WORD = (1 << 64) - 1
+_BATCH = 1024 * KiB  # of L2 tables at once: they and what is made of them stay in the processor's cache
+_KEPT = 8 * MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,41 +35,58 @@ class Tables:
     words: Numbers
     raw: Numbers  # big-endian, as on the file; `words` is made of it
 
-    def clusters(self, geometry: Geometry, *, data_file: bool) -> Numbers:
-        """The host clusters that the tables refer to, and their own, each as often as it is referred to."""
+    def clusters(self, geometry: Geometry, *, data_file: bool) -> Iterator[Numbers]:
+        """Yield the host clusters of the tables, then those that they refer to, each as often as it is referred to."""
         import numpy as np
 
-        own = np.array(self.offsets, dtype=np.uint64) >> np.uint64(geometry.cluster_bits)
-        if data_file:
-            return own
-        used = self.words[self.words != 0]
-        packed = (used & np.uint64(COMPRESSED)) != 0
-        plain = used[~packed] & np.uint64(L2_OFFSET_MASK)
+        yield np.array(self.offsets, dtype=np.int64) >> geometry.cluster_bits
+        if not data_file:
+            yield self._referred(geometry).view(np.int64)
+
+    def _referred(self, geometry: Geometry) -> Numbers:
+        import numpy as np
+
+        plain, streams = self.words, np.empty(0, dtype=np.uint64)
+        if np.bitwise_or.reduce(plain, axis=None) & np.uint64(COMPRESSED):
+            packed = (plain & np.uint64(COMPRESSED)) != 0
+            plain, streams = plain[~packed], plain[packed]
+        plain = plain & np.uint64(L2_OFFSET_MASK)
         plain = plain[plain != 0]
-        crooked = plain & np.uint64(geometry.cluster_size - 1) != 0
-        if crooked.any():
+        self._check(plain, geometry)
+        plain >>= np.uint64(geometry.cluster_bits)
+        return np.concatenate([plain, *_streams(streams, geometry)]) if len(streams) else plain
+
+    def _check(self, offsets: Numbers, geometry: Geometry) -> None:
+        import numpy as np
+
+        within = np.uint64(geometry.cluster_size - 1)
+        if np.bitwise_or.reduce(offsets) & within:
+            crooked = offsets[(offsets & within != 0).argmax()]
             raise CorruptImage(
-                f"an L2 entry points at {int(plain[crooked.argmax()]):#x}, which is not aligned to clusters of "
+                f"an L2 entry points at {int(crooked):#x}, which is not aligned to clusters of "
                 f"{geometry.cluster_size:#x} bytes", structure="L2 table", hint="Repair it with `cowslice check`.")
-        return np.concatenate([own, plain >> np.uint64(geometry.cluster_bits), *_streams(used[packed], geometry)])
 
     def with_copied(self, wanted: Numbers) -> Iterator[tuple[int, bytes]]:
         """Yield (host offset, content) of the tables that change when COPIED is set where `wanted` says, else not."""
         import numpy as np
 
-        plain = (self.words & np.uint64(COMPRESSED)) == 0
-        changed = np.where(wanted, self.words | np.uint64(COPIED), self.words & ~np.uint64(COPIED))
-        changed = np.where(plain, changed, self.words)
+        changed = self.words & np.uint64(~COPIED & _WORD)
+        changed |= wanted.astype(np.uint64) << np.uint64(63)
+        if np.bitwise_or.reduce(self.words, axis=None) & np.uint64(COMPRESSED):
+            changed = np.where((self.words & np.uint64(COMPRESSED)) != 0, self.words, changed)
         differs = (changed != self.words).any(axis=1)
         step = self.raw.shape[1] // self.words.shape[1]
         for row in np.flatnonzero(differs).tolist():
+            if step == 1:
+                yield self.offsets[row], changed[row].astype(">u8").tobytes()
+                continue
             table = self.raw[row].copy()
             table[::step] = changed[row]
             yield self.offsets[row], table.tobytes()
 
 
 class Tree:
-    """All that some L1 words refer to; read once where it fits one batch, and else each time."""
+    """All that some L1 words refer to; read once where that takes little memory, and else each time."""
 
     def __init__(self, storage: Storage, geometry: Geometry, l1: Sequence[int]) -> None:
         self.l1 = l1
@@ -79,7 +98,7 @@ class Tree:
         if self._whole is not None:
             return iter(self._whole)
         found = tables_of(self._storage, self._geometry, self.l1)
-        if sum(word != 0 for word in self.l1) << self._geometry.cluster_bits > _BATCH:
+        if sum(word != 0 for word in self.l1) << self._geometry.cluster_bits > _KEPT:
             return found
         self._whole = list(found)
         return iter(self._whole)

@@ -51,13 +51,13 @@ def counts_of(blocks: Refblocks, clusters: Numbers) -> Numbers:
     import numpy as np
 
     wanted = np.asarray(clusters, dtype=np.int64)
-    if _is_dense(wanted):
+    if not _is_ascending(wanted) and _is_dense(wanted):
         first, last = int(wanted.min()) >> blocks.shift, int(wanted.max()) >> blocks.shift
         known = [blocks.get(index) for index in range(first, last + 1)]
         dense = b"".join([(blocks.zeros(1 << blocks.shift) if block is None else block.counts).tobytes()
                           for block in known])
         return np.frombuffer(dense, dtype=blocks.zeros(0).typecode)[wanted - (first << blocks.shift)]
-    numbers, places = np.unique(wanted, return_inverse=True)
+    numbers, places = (wanted, slice(None)) if _is_ascending(wanted) else np.unique(wanted, return_inverse=True)
     found = np.zeros(len(numbers), dtype=np.uint64)
     for index, piece in _by_block(numbers, blocks.shift):
         block = blocks.get(index)
@@ -71,12 +71,18 @@ def _counted(clusters: Numbers) -> tuple[Numbers, Numbers]:
     """The different ones ascending, and how often each occurs; what lies close together is not sorted for it."""
     import numpy as np
 
+    if _is_ascending(clusters):
+        return clusters, np.broadcast_to(np.int64(1), clusters.shape)
     if not _is_dense(clusters):
         return np.unique(clusters, return_counts=True)
     first = int(clusters.min())
     times = np.bincount(clusters - first)
     numbers = np.flatnonzero(times)
     return numbers + first, times[numbers]
+
+
+def _is_ascending(clusters: Numbers) -> bool:
+    return bool((clusters[1:] > clusters[:-1]).all())
 
 
 def _is_dense(clusters: Numbers) -> bool:

@@ -10,9 +10,10 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from cowslice.errors import CorruptImage, CowsliceError
-from cowslice.format.entries import COPIED, L1_OFFSET_MASK
+from cowslice.format.entries import COMPRESSED, COPIED, L1_OFFSET_MASK
 from cowslice.format.words import pack_words, unpack_words
 from cowslice.image.headerswitch import switch_header
 from cowslice.image.hosttree import Tree
@@ -20,6 +21,9 @@ from cowslice.image.refcounts import Run
 from cowslice.image.structures import Structure
 from cowslice.image.writing import Writer
 from cowslice.units import div_ceil
+
+if TYPE_CHECKING:
+    from cowslice.image.hosttree import Numbers
 
 Words = Sequence[int]
 
@@ -103,8 +107,7 @@ class Roots:
 
     def check(self, words: Words | Tree) -> None:
         """Raise CorruptImage unless all that the tree refers to is counted."""
-        for some in self.tree(words):
-            clusters = some.clusters(self.geometry, data_file=self._data_file)
+        for clusters in self._clusters_of(words):
             counts = self.tables.refcounts.counts_of(clusters)
             if not counts.all():
                 cluster = int(clusters[(counts == 0).argmax()])
@@ -126,7 +129,8 @@ class Roots:
     def lower_tree(self, words: Words | Tree) -> None:
         """One reference less, which is gone from disk already; what has none left is free."""
         for some in self.tree(words):
-            runs = self.tables.allocator.adjust(some.clusters(self.geometry, data_file=self._data_file), -1)
+            runs = [run for clusters in some.clusters(self.geometry, data_file=self._data_file)
+                    for run in self.tables.allocator.adjust(clusters, -1)]
             for offset in set(some.offsets):
                 if self.tables.refcounts.get(offset >> self._bits) == 0 and self._is_fenced(offset):
                     self.tables.fences.remove(offset, self.geometry.cluster_size)
@@ -140,9 +144,9 @@ class Roots:
             self.commit()
             self.set_copied()
 
-    def _clusters_of(self, words: Words | Tree) -> Iterator[Sequence[int]]:
+    def _clusters_of(self, words: Words | Tree) -> Iterator[Numbers]:
         for some in self.tree(words):
-            yield some.clusters(self.geometry, data_file=self._data_file)  # type: ignore[misc]
+            yield from some.clusters(self.geometry, data_file=self._data_file)
 
     # -- COPIED -----------------------------------------------------------------------------------------------------
 
@@ -162,7 +166,7 @@ class Roots:
         import numpy as np
 
         for some in self.tree(words):
-            self._write_all(some.with_copied(np.zeros(some.words.shape, dtype=bool)))
+            self._write_all(some.with_copied(np.zeros((1, 1), dtype=bool)))
 
     def set_copied(self) -> None:
         """Set COPIED in the active tree exactly where the count is 1. All counts are stable on disk."""
@@ -171,14 +175,18 @@ class Roots:
         tables, words = self.tables, self.on_file()
         mask = np.uint64(L1_OFFSET_MASK)
         for some in self.tree(words):
-            plain = some.words & mask & ~np.uint64(self.geometry.cluster_size - 1)
-            wanted = np.zeros(plain.shape, dtype=bool)
-            used = (plain != 0) & (some.words & np.uint64(1 << 62) == 0)
-            wanted[used] = tables.refcounts.counts_of(plain[used] >> np.uint64(self._bits)) == 1
+            plain = some.words & mask
+            used = (plain != 0) & (some.words & np.uint64(COMPRESSED) == 0)
+            if used.all():
+                single = tables.refcounts.counts_of(plain.ravel() >> np.uint64(self._bits)) == 1
+                wanted = single.reshape(plain.shape)
+            else:
+                wanted = np.zeros(plain.shape, dtype=bool)
+                wanted[used] = tables.refcounts.counts_of(plain[used] >> np.uint64(self._bits)) == 1
             self._write_all(some.with_copied(wanted))
             for index, offset in zip(some.indexes, some.offsets, strict=True):
-                single = tables.refcounts.get(offset >> self._bits) == 1
-                words[index] = offset | COPIED if single else offset
+                ours = tables.refcounts.get(offset >> self._bits) == 1
+                words[index] = offset | COPIED if ours else offset
         if len(words):
             self.storage.pwrite(self.layer.first.header.l1_table_offset, pack_words(words))
         self.sync()
