@@ -118,6 +118,20 @@ def test_a_raw_base_grows_to_the_size_of_the_overlay(tmp_path: Path) -> None:
     assert base.read_bytes() == (tmp_path / "before").read_bytes()
 
 
+def test_a_qcow2_base_grows_and_shows_nothing_of_what_lies_below_it(tmp_path: Path) -> None:
+    lowest, base, top = tmp_path / "lowest", tmp_path / "base", tmp_path / "top"
+    lowest.write_bytes(b"\5" * 3 * MiB)
+    overlay(base, lowest, "raw", "cluster_size=64k", MiB + 512)
+    overlay(top, base, "qcow2", "cluster_size=4k", 4 * MiB)
+    scribble(top, 7, 4 * MiB)
+    peers.qemu_img("convert", "-O", "raw", top, tmp_path / "before")
+    assert cowslice("commit", top).status == 0
+    sound(base)
+    for path in (base, top):
+        peers.qemu_img("compare", "-F", "raw", path, tmp_path / "before")
+    assert peers.qemu_img_json("info", base)["virtual-size"] == 4 * MiB
+
+
 def test_what_lies_behind_the_end_of_a_layer_between_is_zeros_in_the_base(tmp_path: Path) -> None:
     base, middle, top = tmp_path / "base", tmp_path / "middle", tmp_path / "top"
     base.write_bytes(b"\5" * 2 * MiB)

@@ -26,6 +26,7 @@ VERBS = {
     "snapshot": "List, take, apply or delete internal snapshots.",
     "resize": "Give a disk another size.",
     "dd": "Copy blocks of a disk into a new file.",
+    "amend": "Change the version, size or other features of an image.",
     "measure": "Say how large an image would be.",
     "serve": "Give disks to NBD clients: virtual machines, nbdcopy, qemu-img.",
     "bench": "Measure how fast an image is read, beside QEMU.",

@@ -19,8 +19,7 @@ from cowslice.image.mapping import resolve
 from cowslice.image.options import NAMED, OpenOptions
 from cowslice.image.reading import read_into
 from cowslice.ops.apart import Below, View, below, open_apart, open_whole, rooted, same_file
-from cowslice.storage.locate import locate
-from cowslice.units import MiB
+from cowslice.units import SECTOR, MiB, round_up
 
 CHUNK = 1 * MiB
 _LOOK_AHEAD = 1 << 30  # bytes of one span that is not read: it keeps progress moving
@@ -34,9 +33,9 @@ def commit(path: str, options: OpenOptions, *, base: str | None = None, keep: bo
            progress: Progress | None = None) -> None:
     """Commit the image at `path` into its backing file, or into `base`, a file further down its chain.
 
-    The image is emptied, unless `keep` or a `base` is given. A raw base that is shorter grows. `progress(done, total)`
-    counts bytes. Raises UnsupportedImage without such a base or when a qcow2 one is shorter, ReferenceRefused, and the
-    errors of opening, reading and writing.
+    The image is emptied, unless `keep` or a `base` is given. A base that is shorter grows. `progress(done, total)`
+    counts bytes. Raises UnsupportedImage without such a base, ReferenceRefused, and the errors of opening, reading and
+    writing.
     """
     keep = keep or base is not None
     with ExitStack() as stack:
@@ -81,16 +80,13 @@ def _no_base(top: Image, base: str | None) -> UnsupportedImage:
 
 def _open_base(found: Below, options: OpenOptions, size: int) -> Image:
     """The base, open for writing and at least `size` bytes long."""
-    if found.format == "raw":
-        with locate(found.path, "r+") as storage:
-            if storage.length() < size:
-                storage.truncate(size)
     base = open_whole(found.path, found.format, options, writable=True)
-    if base.size < size:
+    try:
+        if base.size < size:
+            base.resize(round_up(size, SECTOR))
+    except BaseException:
         base.close()
-        raise UnsupportedImage(f"'{shown(found.path)}' is a disk of {base.size} bytes, expected at least the {size} "
-                               "bytes of what is committed to it", features=("base shorter than the image",),
-                               hint="Resize the base first.")
+        raise
     return base
 
 

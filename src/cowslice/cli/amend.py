@@ -1,0 +1,67 @@
+"""`cowslice amend`: the words, and nothing of the work."""
+
+from __future__ import annotations
+
+import click
+
+from cowslice.cli import exitcodes
+from cowslice.cli.creating import KEYS, asks_for_keys, parse_keys
+from cowslice.cli.images import describe, explained
+from cowslice.cli.options import CACHE_MODES, Given, chain, changing, image_format
+from cowslice.cli.output import say, say_fields
+from cowslice.cli.termination import Terminated, ending_on_sigterm
+from cowslice.errors import BadOption
+from cowslice.units import parse_size
+
+EPILOG = """\b
+Examples:
+  cowslice amend -o compat=1.1,lazy_refcounts=on disk.qcow2
+  cowslice amend -o size=80G disk.qcow2
+  cowslice amend -o help disk.qcow2
+
+\b
+Exit status: 0 done, 1 failed, 64 usage, 130 interrupted."""
+
+AMENDABLE = ("compat", "data_file", "data_file_raw", "lazy_refcounts", "refcount_bits", "size")
+
+
+@click.command("amend", epilog=EPILOG)
+@image_format
+@click.option("-o", "texts", multiple=True, required=True, metavar="KEY=VALUE,...", help="What to change; 'help' lists "
+              "the keys.")
+@click.option("-p", "progress", is_flag=True, help="Accepted: nothing here takes long.")
+@click.option("-t", "cache", type=click.Choice(CACHE_MODES), default="writeback",
+              help="'none' reads and writes around the page cache.")
+@changing
+@chain
+@click.argument("file", required=False)
+def command(
+    file: str | None, format_name: str | None, texts: tuple[str, ...], progress: bool, cache: str, image_opts: bool,
+    objects: tuple[str, ...], quiet: bool, allowed: tuple[str, ...], allow_any: bool,
+) -> int | None:
+    """Change the version, size or other features of the qcow2 image FILE."""
+    from cowslice.ops.amend import Amendment, amend
+
+    if asks_for_keys(texts):
+        say("What can be changed, as -o KEY=VALUE,...")
+        say_fields(((f"{name}=<{KEYS[name].kind}>", KEYS[name].meaning) for name in AMENDABLE), indent=2)
+        return None
+    if file is None:
+        raise click.UsageError("Missing argument 'FILE'")
+    fields = parse_keys("qcow2", texts, objects)
+    for name in fields:
+        if name in ("backing_file", "backing_format"):
+            raise BadOption("the backing file is not changed here", hint="Change it with rebase.")
+        if name not in AMENDABLE:
+            raise BadOption(f"{name} cannot be changed, expected one of {', '.join(AMENDABLE)}",
+                            hint="Copy the image into a new one with convert -O qcow2.")
+    if "size" in fields:
+        fields["size"] = parse_size(fields["size"])
+    given = Given(format_name=format_name, image_opts=image_opts, objects=objects, allowed=allowed,
+                  allow_any=allow_any, direct=cache in ("none", "directsync"))
+    try:
+        with ending_on_sigterm(), explained():
+            amend(*describe(file, given), Amendment(**fields))
+    except Terminated:
+        return exitcodes.TERMINATED
+    return None
