@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from cowslice.image.creation import create
     from cowslice.image.gate import Deny, DenyGate, FolderGate, Gate, Permit, PermitGate, Reference, Role
     from cowslice.image.image import Image
-    from cowslice.image.image import open_image as open
     from cowslice.image.mapping import Extent
+    from cowslice.ops.opening import open_image as open
     from cowslice.serve.server import serve
 
 __version__ = "0.1.0"
@@ -97,7 +97,7 @@ def __getattr__(name: str) -> object:
 
     if name == "serve":  # a package that can be called
         return import_module("cowslice.serve")
-    home = import_module("cowslice.image.image" if name == "open" else _HOMES.get(name, "cowslice.errors"))
+    home = import_module("cowslice.ops.opening" if name == "open" else _HOMES.get(name, "cowslice.errors"))
     found: object = getattr(home, "open_image" if name == "open" else name)
     globals()[name] = found
     return found

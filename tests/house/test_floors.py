@@ -44,6 +44,7 @@ FEW_NEED = (
     "cowslice.ops.bitmaprefs",
     "cowslice.ops.claims",
     "cowslice.ops.mapsize",
+    "cowslice.ops.repair",
     "cowslice.storage.nbd",
     "cowslice.storage.nbdtls",
     "cowslice.storage.remote",

@@ -130,13 +130,6 @@ def test_a_raw_file_has_nothing_to_check(tmp_path: Path) -> None:
     assert peers.run("qemu-img", "check", "-f", "raw", tmp_path / "disk.raw", expect=None).returncode == 63
 
 
-def test_repairing_is_refused_with_a_sentence(tmp_path: Path) -> None:
-    peers.qemu_img("create", "-f", "qcow2", tmp_path / "disk.qcow2", "1M")
-    said = cowslice("check", "-r", "all", tmp_path / "disk.qcow2")
-    assert said.status == 1
-    assert said.err.startswith("cowslice: '-r all' is refused")
-
-
 def test_nothing_the_image_names_is_opened(tmp_path: Path) -> None:
     base = tmp_path / "base.qcow2"
     peers.qemu_img("create", "-f", "qcow2", base, "1M")

@@ -28,6 +28,10 @@ def open_image(text: str, given: Given, **more: Any) -> Image:
     from cowslice.image.image import Image
 
     name, options = describe(text, given, **more)
+    if options.writable and options.format != "raw":
+        from cowslice.ops.opening import mend_dirty
+
+        mend_dirty(name, direct=options.direct, on_warning=options.on_warning)
     with explained():
         return Image(name, options)
 

@@ -102,13 +102,15 @@ def check(storage: Storage, *, workers: int = 2, window: int = WINDOW, progress:
     if tables.clusters > MAX_CLUSTERS:
         raise UnsupportedImage(f"'{storage.name}' has {tables.clusters} host clusters, more than the {MAX_CLUSTERS} "
                                "that can be checked", features=("huge file",))
-    run = _Run(tables, workers=workers, window=window, progress=progress)
+    run = CheckRun(tables, workers=workers, window=window, progress=progress)
     run.everything()
     return run.report
 
 
-class _Run:
+class CheckRun:
     """One check under way. Threads share the tally (atomic counts) and the report (under `_lock`)."""
+
+    scan_type: type[TableScan] = TableScan
 
     def __init__(self, tables: Tables, *, workers: int, window: int, progress: Progress | None) -> None:
         self.tables = tables
@@ -294,7 +296,7 @@ class _Run:
         failures: list[BaseException] = []
 
         def work() -> None:
-            scan = TableScan(self.roots, tally, self, shared=workers > 1, sparse=self.sparse)
+            scan = self.scan_type(self.roots, tally, self, shared=workers > 1, sparse=self.sparse)
             try:
                 while (job := self._next_job(jobs, done, total)) is not None:
                     scan.chain(found, *job)

@@ -1,4 +1,4 @@
-from _typeshed import ReadableBuffer
+from _typeshed import ReadableBuffer, WriteableBuffer
 
 UNREADABLE: int
 SATURATED: int
@@ -20,6 +20,16 @@ class Tally:
     def mismatch(
         self, cluster: int, *, leaks: bool = True, corruptions: bool = True
     ) -> tuple[int, int, int, int] | None: ...
+    def put(
+        self,
+        cluster: int,
+        block: WriteableBuffer,
+        order: int,
+        *,
+        up: bool = False,
+        down: bool = False,
+        fresh: bool = False,
+    ) -> tuple[int, int]: ...
     def highest(self) -> int: ...
     def scan(
         self,

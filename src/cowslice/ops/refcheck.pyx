@@ -5,7 +5,7 @@ It does not know what a finding is: whatever breaks a rule is handed back by ind
 Counts live in one window of host clusters at a time, so memory stays the same for any image.
 """
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
@@ -13,6 +13,9 @@ cdef extern from "<endian.h>" nogil:
     uint64_t be64toh(uint64_t word)
     uint32_t be32toh(uint32_t word)
     uint16_t be16toh(uint16_t word)
+    uint64_t htobe64(uint64_t word)
+    uint32_t htobe32(uint32_t word)
+    uint16_t htobe16(uint16_t word)
 
 cdef extern from * nogil:
     uint32_t __atomic_load_n(uint32_t *slot, int order)
@@ -92,6 +95,21 @@ cdef inline uint32_t _stored_at(const uint8_t *block, uint64_t i, int order) noe
     else:
         return (block[(i << order) >> 3] >> ((i << order) & 7)) & ((1 << (1 << order)) - 1)
     return <uint32_t>wide if wide < UNREADABLE_COUNT else 0xFFFFFFFF
+
+
+cdef inline void _store_at(uint8_t *block, uint64_t i, int order, uint32_t count) noexcept nogil:
+    cdef int shift = (i << order) & 7, mask = (1 << (1 << order)) - 1 if order < 3 else 0
+    if order == 4:
+        (<uint16_t *>block)[i] = htobe16(<uint16_t>count)
+    elif order == 3:
+        block[i] = <uint8_t>count
+    elif order == 5:
+        (<uint32_t *>block)[i] = htobe32(count)
+    elif order == 6:
+        (<uint64_t *>block)[i] = htobe64(count)
+    else:
+        block += (i << order) >> 3
+        block[0] = <uint8_t>((block[0] & ~(mask << shift)) | (count << shift))
 
 
 cdef class Tally:
@@ -195,6 +213,27 @@ cdef class Tally:
         if start >= self.clusters:
             return None
         return start + self.first, i - start, self.stored[start], self.counted[start]
+
+    def put(self, uint64_t cluster, block, int order, *, bint up=False, bint down=False, bint fresh=False):
+        """Write counted references into a block whose first entry describes `cluster`: (entries changed, from zero).
+
+        `up`: where the stored count is too low; `down`: too high; `fresh`: all that are not zero, whatever is stored.
+        """
+        cdef Py_buffer view
+        cdef uint64_t i = max(cluster, self.first), end, changed = 0, risen = 0, stored, counted
+        PyObject_GetBuffer(block, &view, PyBUF_WRITABLE)
+        end = min(cluster + ((<uint64_t>view.len << 3) >> order), self.first + self.clusters)
+        with nogil:
+            while i < end:
+                stored, counted = self.stored[i - self.first], self.counted[i - self.first]
+                if (counted != 0 if fresh else stored != UNREADABLE_COUNT
+                        and ((up and counted > stored) or (down and counted < stored))):
+                    _store_at(<uint8_t *>view.buf, i - cluster, order, <uint32_t>counted)
+                    changed += 1
+                    risen += stored == 0
+                i += 1
+        PyBuffer_Release(&view)
+        return changed, risen
 
     @property
     def passed(self):

@@ -22,6 +22,7 @@ from cowslice.storage.base import Storage
 from cowslice.units import KiB
 
 _SNAPSHOT_READ = 64 * KiB
+REFTABLE_OWNER = "the refcount table"
 
 
 def read_first_cluster(storage: Storage) -> FirstCluster:
@@ -47,7 +48,7 @@ def load_tables(storage: Storage) -> Tables:
     _take_tree(tables, "active", header.l1_table_offset, header.l1_size)
     _take_snapshots(tables)
     length = len(reftable) * 8
-    tables.areas.append(Area(header.refcount_table_offset, length, "the refcount table"))
+    tables.areas.append(Area(header.refcount_table_offset, length, REFTABLE_OWNER))
     if crypto := first.crypto:
         tables.areas.append(Area(crypto.offset, crypto.length, "the encryption header"))
     if pointer := first.bitmaps:
