@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -195,3 +196,29 @@ def test_an_apply_brings_the_size_back(tmp_path: Path) -> None:
         with pytest.raises(cowslice.OutOfRange):
             disk.write(1 << 20, b"z")
     peers.run("qemu-img", "check", str(path))
+
+
+def test_writers_go_on_around_snapshots(tmp_path: Path) -> None:
+    """Each thread owns a part of the disk; what it writes in one request is in a snapshot whole or not at all."""
+    path, part = make(tmp_path / "disk"), 256 << 10
+
+    def write(disk: cowslice.Image, number: int) -> None:
+        for value in range(1, 40):
+            disk.write(number * part, bytes([value]) * 30_000)
+            if value % 8 == 0:
+                disk.flush()
+
+    with cowslice.open(path, "r+") as disk, ThreadPoolExecutor(4) as pool:
+        writers = [pool.submit(write, disk, number) for number in range(4)]
+        for number in range(6):
+            disk.snapshot(f"s{number}")
+            if number % 2:
+                disk.delete_snapshot(f"s{number - 1}")
+        for one in writers:
+            one.result(timeout=60)
+        names = [one.name.decode() for one in disk.snapshots]
+        assert disk.read(3 * part, 30_000) == bytes([39]) * 30_000
+    peers.run("qemu-img", "check", str(path))
+    for name in names:
+        with cowslice.open(path, snapshot=name) as shot:
+            assert all(len(set(shot.read(number * part, 30_000))) == 1 for number in range(4))

@@ -168,13 +168,17 @@ class Roots:
         for some in self.tree(words):
             self._write_all(some.with_copied(np.zeros((1, 1), dtype=bool)))
 
-    def set_copied(self) -> None:
-        """Set COPIED in the active tree exactly where the count is 1. All counts are stable on disk."""
+    def set_copied(self, known: Tree | None = None) -> None:
+        """Set COPIED in the active tree exactly where the count is 1. All counts are stable on disk.
+
+        `known` is a tree that was read already; it is not read again where the active one has the same tables.
+        """
         import numpy as np
 
         tables, words = self.tables, self.on_file()
         mask = np.uint64(L1_OFFSET_MASK)
-        for some in self.tree(words):
+        same = known is not None and _offsets(known.l1) == _offsets(words)
+        for some in known if known is not None and same else self.tree(words):
             plain = some.words & mask
             used = (plain != 0) & (some.words & np.uint64(COMPRESSED) == 0)
             if used.all():
@@ -226,3 +230,7 @@ class Roots:
 def without_copied(words: Words) -> list[int]:
     """The words as they stand in the L1 table of a snapshot."""
     return [word & ~COPIED for word in words]
+
+
+def _offsets(words: Words) -> list[int]:
+    return [word & L1_OFFSET_MASK for word in words]

@@ -82,7 +82,7 @@ class Snapshotting:
             roots.lower_tree(tree)
             roots.forget(gone.l1_offset, gone.l1_size * 8)
             roots.commit()
-            roots.set_copied()
+            roots.set_copied(tree)
 
     def apply(self, id_or_name: str) -> None:
         """Let the disk be again what the snapshot with this id, or else of this name, holds; its size too.
