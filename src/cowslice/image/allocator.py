@@ -109,11 +109,6 @@ class Allocator:
         self._packing = at + length
         return at
 
-    def give_back_bytes(self, offset: int, length: int) -> None:
-        """Undo take_bytes for a stream that nothing ever pointed to."""
-        first = offset >> self._bits
-        self.free(self.lower([(first, (offset + length - 1 >> self._bits) - first + 1)]))
-
     def drop_empty_blocks(self) -> list[Run]:
         """Give up the last refcount blocks that count nothing but themselves; their clusters wait for free()."""
         self.space.lower_end()

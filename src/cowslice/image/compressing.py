@@ -78,15 +78,16 @@ class Compressing:
         try:
             tables.layer.storage.pwrite(host, payload)
             tables.layer.compressed.forget()
+            with tables.lock:
+                writer.commits.check()
+                entry = encode_compressed(host, len(payload), bits)
+                tables.slices.store(cluster, writer.packed([(entry, 0)]))
+                if dropped is not None:
+                    tables.drop(dropped[0], count=dropped[1] >> bits)
         except BaseException:
             with tables.lock:
-                tables.allocator.give_back_bytes(host, len(payload))
+                tables.give_back(host >> bits, (host + len(payload) - 1 >> bits) - (host >> bits) + 1)
             raise
-        with tables.lock:
-            entry = encode_compressed(host, len(payload), bits)
-            tables.slices.store(cluster, writer.packed([(entry, 0)]))
-            if dropped is not None:
-                tables.drop(dropped[0], count=dropped[1] >> bits)
 
     def _take(self, length: int) -> int:
         """Room for a stream, below what an entry can say."""

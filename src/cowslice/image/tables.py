@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cowslice.errors import CorruptImage
+from cowslice.errors import CorruptImage, StorageError
 from cowslice.format.entries import COPIED, L1_OFFSET_MASK
 from cowslice.format.words import unpack_words
 from cowslice.image.fences import Fences
@@ -85,6 +85,13 @@ class Tables:
         """One reference to the host cluster at byte `host` (and those behind it) is gone from memory."""
         self.drops.append(Drop(host >> self._bits, count, punch, table))
 
+    def give_back(self, start: int, count: int = 1) -> None:
+        """Let clusters be free again that nothing points to: at once, or with a commit if counts cannot be read now."""
+        try:
+            self.allocator.give_back(start, count)
+        except StorageError:
+            self.drops.append(Drop(start, count))
+
     def l1_writes(self) -> list[tuple[int, bytes]]:
         """The changed entries as (host offset, bytes), neighbours within a sector together."""
         at = self.layer.first.header.l1_table_offset
@@ -108,7 +115,7 @@ class Tables:
             else:
                 self.layer.storage.zero(host, size)
         except BaseException:
-            self.allocator.give_back(start, 1)
+            self.give_back(start)
             raise
         self.fences.add(host, size, Structure.L2_TABLE)
         return host

@@ -168,7 +168,7 @@ class Writer:
                 wanted -= got
         except BaseException as error:
             for start, got in taken:
-                self.tables.allocator.give_back(start, got)
+                self.tables.give_back(start, got)
             if isinstance(error, CorruptImage):
                 self.mark_corrupt(error)
             raise
@@ -225,7 +225,7 @@ class Writer:
         with self.tables.lock:
             for plan, host in zip(plans, hosts, strict=True):
                 if plan.host < 0:
-                    self.tables.allocator.give_back(host >> self._bits, 1)
+                    self.tables.give_back(host >> self._bits)
 
     # -- moving bytes, without the lock -----------------------------------------------------------------------------
 

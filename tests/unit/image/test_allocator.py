@@ -71,9 +71,9 @@ def test_a_stream_that_is_given_back_leaves_the_others() -> None:
     allocator, _, _ = made()
     first = allocator.take_bytes(400)
     second = allocator.take_bytes(400)
-    allocator.give_back_bytes(second, 400)
+    allocator.give_back(second >> BITS, 2)
     assert list(allocator.refcounts.counts(first >> BITS, 2)) == [1, 0]
-    allocator.give_back_bytes(first, 400)
+    allocator.give_back(first >> BITS, 1)
     assert list(allocator.refcounts.counts(first >> BITS, 2)) == [0, 0]
 
 

@@ -6,8 +6,9 @@ import functools
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,12 @@ from cowslice.ops.check import check
 from cowslice.storage import CountingStorage, MemoryStorage, Storage
 from cowslice.storage.wrappers import WrappedStorage
 from cowslice.testing import peers
-from cowslice.testing.faults import Fault, FaultyStorage
+from cowslice.testing.faults import Fault, FaultyStorage, Operation
 
 pytestmark = peers.needs("qemu-img", "qemu-io")
 CLUSTER = 65536
 DIRTY_BYTE = CORRUPT_BYTE = 79
+TINY = {"l2_cache_size": 1024, "l2_cache_entry_size": 512, "refcount_cache_size": 2048}
 
 
 @functools.cache
@@ -37,8 +39,8 @@ def image(options: str = "", size: str = "8M", commands: Sequence[str] = (), sna
         return path.read_bytes()
 
 
-def opened(storage: Storage, mode: str = "r+") -> cowslice.Image:
-    return cowslice.open(storage, mode, format="qcow2", warmup="off")
+def opened(storage: Storage, mode: str = "r+", **options: int) -> cowslice.Image:
+    return cowslice.open(storage, mode, format="qcow2", warmup="off", **options)  # type: ignore[arg-type]
 
 
 def host_of(disk: cowslice.Image, offset: int) -> int | None:
@@ -146,18 +148,42 @@ def test_a_flush_that_could_not_write_is_made_good_by_the_next(skip: int) -> Non
     assert findings(inner) == []
 
 
+ACTS: dict[str, Callable[[cowslice.Image, int], object]] = {
+    "write": lambda disk, at: disk.write(at, b"\2" * 3000),
+    "write clusters": lambda disk, at: disk.write(at // 512 * 512, b"\2" * 2560),
+    "write compressed": lambda disk, at: disk.write_compressed(at // 512 * 512, b"\2" * 2560),
+    "zero": lambda disk, at: disk.zero(at, 3000),
+    "discard": lambda disk, at: disk.discard(at, 3000),
+}
+
+
+@pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("operation", ["pwrite", "pread", "zero"])
 @pytest.mark.parametrize("skip", range(8))
-def test_a_write_that_fails_costs_no_space(operation: str, skip: int) -> None:
+def test_a_request_that_fails_costs_no_space(act: str, operation: Operation, skip: int) -> None:
     inner = MemoryStorage(image(options="cluster_size=512", size="256k", commands=("write -P 1 0 64k",), snapshot=True))
     storage = FaultyStorage(inner)
-    with opened(storage) as disk:
-        storage.add(Fault(operation, skip=skip, times=1))  # type: ignore[arg-type]
+    with opened(storage, **TINY) as disk:
+        storage.add(Fault(operation, skip=skip, times=2))  # a map tries again once
         for offset in (300, 40_000, 90_000):
-            try:
-                disk.write(offset, b"\2" * 3000)
-            except cowslice.StorageError:
-                storage.heal()
+            with suppress(cowslice.StorageError):
+                ACTS[act](disk, offset)
+        storage.heal()
+    assert findings(inner) == []
+
+
+@pytest.mark.parametrize("skip", range(0, 24, 3))
+def test_a_flush_that_could_not_read_counts_forgets_no_drop(skip: int) -> None:
+    """Ten refcount blocks, room for four: some are read again when the clusters that were dropped are counted."""
+    inner = MemoryStorage(image(options="cluster_size=512", size="2M", commands=("write -P 1 0 1M",)))
+    storage = FaultyStorage(inner)
+    with opened(storage, **TINY) as disk:
+        disk.discard(0, 1 << 20)
+        disk.write(1 << 20, b"\2" * 5000)
+        storage.add(Fault("pread", skip=skip, times=2))
+        for _ in range(3):
+            with suppress(cowslice.StorageError):
+                disk.flush()
         storage.heal()
     assert findings(inner) == []
 
@@ -220,9 +246,10 @@ def test_a_discard_that_cannot_be_told_the_storage_fails_nothing() -> None:
 
 @pytest.mark.parametrize("lazy", ["off", "on"])
 @pytest.mark.parametrize("flushes", [False, True])
-def test_refcount_tables_that_were_outgrown_are_given_back(lazy: str, flushes: bool) -> None:
+@pytest.mark.parametrize("room", [2048, 1 << 20])
+def test_refcount_tables_that_were_outgrown_are_given_back(lazy: str, flushes: bool, room: int) -> None:
     storage = MemoryStorage(image(options=f"cluster_size=512,refcount_bits=64,lazy_refcounts={lazy}", size="8M"))
-    with opened(storage) as disk:
+    with opened(storage, refcount_cache_size=room) as disk:
         for number in range(7):
             disk.write(number << 20, bytes([number + 1]) * (1 << 20))
             if flushes:
