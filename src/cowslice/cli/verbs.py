@@ -22,13 +22,14 @@ VERBS = {
     "compare": "Tell whether two disks have the same content.",
     "convert": "Copy a disk into a raw or qcow2 file, or to standard output.",
     "commit": "Copy what an overlay holds into its backing file.",
-    "rebase": "Give an overlay another backing file.",
     "snapshot": "List, take, apply or delete internal snapshots.",
     "resize": "Give a disk another size.",
+    "rebase": "Give an overlay another backing file.",
     "dd": "Copy blocks of a disk into a new file.",
     "amend": "Change the version, size or other features of an image.",
     "measure": "Say how large an image would be.",
     "serve": "Give disks to NBD clients: virtual machines, nbdcopy, qemu-img.",
+    "tune": "Say which metadata cache a disk needs.",
     "bench": "Measure how fast an image is read, beside QEMU.",
 }
 

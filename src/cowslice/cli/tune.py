@@ -1,0 +1,226 @@
+"""`cowslice tune`: the words, and what each image, trace and storage becomes before advice is given.
+
+It does not know how advice looks. Results go to standard output once all is known; progress goes to standard error.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cowslice.cli import exitcodes
+from cowslice.cli.images import open_image
+from cowslice.cli.options import Given, chain, common, image_format, name_image, output_format
+from cowslice.cli.output import say, say_json, warn
+from cowslice.cli.progress import maybe_shown
+from cowslice.units import parse_size
+
+if TYPE_CHECKING:
+    from cowslice.image.image import Image
+    from cowslice.tune.advise import Advice
+    from cowslice.tune.calibrate import Calibration
+    from cowslice.tune.trace import RequestSource
+
+ASSUMED = "uniform"
+ASSUMPTION = ("No trace was given, so this assumes reads of 4 KiB all over the disk, every place as likely: the worst "
+              "case for a cache. Tell what the guest does by --trace, or by --workload.")
+_SIZES = ("cache_size", "l2_cache_size", "refcount_cache_size", "l2_cache_entry_size")
+
+EPILOG = """\b
+Examples:
+  cowslice tune vm.qcow2                               what uniform random reads would need: the worst case
+  cowslice tune vm.qcow2 --trace guest.blkparse        what this guest needs
+  cowslice tune vm.qcow2 --trace week.csv.zst --disk 7 --skip-bad
+  cowslice tune vm.qcow2 --workload zipf:theta=1.1,write=0.3 --l2-cache-size 2M
+  cowslice tune vm.qcow2 --device read4k=177us,read64k=423us,rate4k=56700,rate64k=8090
+  cowslice tune a.qcow2 b.qcow2 --trace a.log --trace b.log --budget 8M
+  cowslice tune --json vm.qcow2 | jq -r .paste.drive
+
+\b
+How to read it:
+  The map of a qcow2 disk is read in pieces ('entries'), and the cache keeps some of them. A request whose piece is
+  missing waits for it, in QEMU behind all others that miss. The advised setting is the smallest that gives 95 % of the
+  best rate. First touches are left out: no cache avoids them.
+
+\b
+Traces: fio iolog, blkparse, QEMU's log, MSR, Alibaba and Tencent CSV, cowslice's captures; plain, gzip or zstd.
+Workloads: uniform, zipf, sequential, mixed, phases, boot; then ':KEY=VALUE,...', such as requests, seed, length, write.
+The image is only read; for one that is in use add -U.
+
+\b
+Exit status: 0 done, 1 failed, 64 usage."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What the command line asks of every image."""
+
+    given: Given
+    traces: tuple[str, ...]
+    trace_format: str | None
+    disks: tuple[str, ...]
+    skip_bad: bool
+    workload: str | None
+    sizes: dict[str, str | None]
+    depth: int
+    device: str
+    shows_progress: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """The advice on one image, and what it assumes where no trace was given, or ''."""
+
+    advice: Advice
+    assumption: str
+    skipped: int
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        from cowslice.tune.wording import as_json
+
+        return {**as_json(self.advice), "assumption": self.assumption or None, "trace-lines-skipped": self.skipped,
+                "trace-notes": list(self.notes)}
+
+
+@click.command("tune", epilog=EPILOG)
+@image_format
+@click.option("--trace", "traces", multiple=True, metavar="FILE",
+              help="What the guest asked, a file or URL. With several images: one for all, or one for each in order.")
+@click.option("--trace-format", metavar="FORMAT", help="Format of the trace. Default: look.")
+@click.option("--disk", "disks", multiple=True, metavar="NAME",
+              help="Which disk of a trace of several. With several images: one for each.")
+@click.option("--skip-bad", is_flag=True, help="Pass over malformed lines of a trace, and count them.")
+@click.option("--workload", metavar="DESCRIPTION", help="What the guest does, where there is no trace.")
+@click.option("--cache-size", metavar="SIZE", help="Today's setting, as in QEMU.")
+@click.option("--l2-cache-size", metavar="SIZE", help="Today's setting, as in QEMU.")
+@click.option("--refcount-cache-size", metavar="SIZE", help="Today's setting, as in QEMU.")
+@click.option("--l2-cache-entry-size", metavar="SIZE", help="Today's setting, as in QEMU.")
+@click.option("--depth", type=click.IntRange(1, 65536), default=32, show_default=True,
+              help="Requests that the guest has under way at once.")
+@click.option("--device", metavar="CONSTANTS", default="calibrate", show_default=True,
+              help="How fast the storage is: measured, or constants as in the examples.")
+@click.option("--budget", metavar="SIZE", help="Share so much memory among several images.")
+@output_format
+@click.option("--json", "wants_json", is_flag=True, help="The same as --output=json.")
+@click.option("-p", "progress", is_flag=True, help="Show progress, also where standard error is no terminal.")
+@common
+@chain
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+def command(
+    images: tuple[str, ...], output: str, wants_json: bool, quiet: bool, progress: bool, budget: str | None,
+    **chosen: Any,
+) -> int:
+    """Say which metadata cache IMAGE needs, from its map, what its guest does, and how fast its storage is.
+
+    Shows how many lookups miss at each cache size, the setting to use, what today's gives beside it, and lines to paste
+    for QEMU, libvirt and cowslice.
+    """
+    asked = _asked(chosen, shows_progress=not quiet and (progress or sys.stderr.isatty()))
+    limit = None if budget is None else parse_size(budget, "--budget")
+    _check(images, asked, limit)
+    calibrations: dict[int, Calibration] = {}
+    tuned = [_tune(number, image, asked, calibrations) for number, image in enumerate(images)]
+    _say_all(tuned, limit, "json" if wants_json else output, quiet)
+    return exitcodes.OK
+
+
+def _asked(chosen: dict[str, Any], *, shows_progress: bool) -> Asked:
+    own = ("traces", "trace_format", "disks", "skip_bad", "workload", "depth", "device")
+    given = {name: value for name, value in chosen.items() if name not in own and name not in _SIZES}
+    return Asked(given=Given(**given), sizes={name: chosen[name] for name in _SIZES}, shows_progress=shows_progress,
+                 **{name: chosen[name] for name in own})
+
+
+def _check(images: tuple[str, ...], asked: Asked, budget: int | None) -> None:
+    """What can be wrong with the command line as a whole."""
+    if asked.traces and asked.workload is not None:
+        raise click.UsageError("--trace and --workload exclude each other")
+    for option, values in (("--trace", asked.traces), ("--disk", asked.disks)):
+        if len(values) not in (0, 1, len(images)):
+            raise click.UsageError(f"{option} is given {len(values)} times for {len(images)} images, expected it "
+                                   "once, or once for each")
+    if not asked.traces and (asked.disks or asked.skip_bad or asked.trace_format):
+        raise click.UsageError("--disk, --skip-bad and --trace-format need a --trace")
+    if budget is not None and len(images) < 2:
+        raise click.UsageError("--budget is shared among several images, but there is one")
+
+
+def _tune(number: int, image: str, asked: Asked, calibrations: dict[int, Calibration]) -> Tuned:
+    """Study one image. Whatever can be refused is, before the storage is measured."""
+    from cowslice.tune.advise import advise
+    from cowslice.tune.study import Setting, gather
+
+    today = Setting(**_todays_sizes(image, asked))
+    with open_image(image, asked.given, warmup="off") as disk:
+        today.sizes(disk)
+        source = _source(number, disk.size, asked)
+        calibration = _calibration(disk, asked, calibrations)
+        with maybe_shown("reading the map and the requests", asked.shows_progress, unit="steps") as advance:
+            advice = advise(gather(disk, source, calibration=calibration, source=source.name, name=disk.path,
+                                   today=today, depth=asked.depth, on_progress=advance))
+    if source.skipped:
+        warn(f"'{source.name}': {source.skipped} malformed lines were passed over")
+    for note in source.notes:
+        warn(f"'{source.name}': {note}")
+    assumed = ASSUMPTION if not asked.traces and asked.workload is None else ""
+    return Tuned(advice, assumed, source.skipped, source.notes)
+
+
+def _todays_sizes(image: str, asked: Asked) -> dict[str, Any]:
+    """Sizes given as options, else those that stand in --image-opts."""
+    named = name_image(image, asked.given).options
+    return {name: size if size is not None else named.get(name.replace("_", "-")) for name, size in asked.sizes.items()}
+
+
+def _source(number: int, size: int, asked: Asked) -> RequestSource:
+    if not asked.traces:
+        from cowslice.tune.synthetic import synthetic
+
+        return synthetic(asked.workload if asked.workload is not None else ASSUMED, size=size)
+    from cowslice.tune.trace import open_trace
+
+    trace = asked.traces[number if len(asked.traces) > 1 else 0]
+    disk = asked.disks[number if len(asked.disks) > 1 else 0] if asked.disks else None
+    return open_trace(trace, format=asked.trace_format, skip_bad=asked.skip_bad, disk=disk)
+
+
+def _calibration(disk: Image, asked: Asked, known: dict[int, Calibration]) -> Calibration:
+    """The constants that were given, or measured: once for all images on one file system."""
+    from cowslice.storage.locate import local_path
+    from cowslice.tune.calibrate import calibrate, parse_device
+
+    if asked.device != "calibrate":
+        return parse_device(asked.device)
+    path = local_path(disk.path)
+    device = os.stat(path).st_dev if path is not None and os.path.exists(path) else None
+    if device is not None and device in known:
+        return known[device]
+    with maybe_shown("measuring the storage", asked.shows_progress, unit="steps") as advance:
+        measured = calibrate(disk.path, on_progress=advance)
+    if device is not None:
+        known[device] = measured
+    return measured
+
+
+def _say_all(tuned: list[Tuned], budget: int | None, output: str, quiet: bool) -> None:
+    from cowslice.cli.tuneout import say_advice, say_division
+    from cowslice.tune.sharing import divide, division_json
+
+    division = None if budget is None else divide([each.advice for each in tuned], budget)
+    if output == "json":
+        told: dict[str, Any] = {"images": [each.as_json() for each in tuned]}
+        if division is not None:
+            told["budget"] = division_json(division)
+        say_json(told if len(tuned) > 1 else told["images"][0])
+        return
+    for each in () if quiet else tuned:
+        say_advice(each.advice, each.assumption)
+        if len(tuned) > 1:
+            say()
+    if division is not None and not quiet:
+        say_division(division)
