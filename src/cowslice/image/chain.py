@@ -7,7 +7,7 @@ chain that is too deep are refused; on failure everything opened here is closed 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -15,6 +15,7 @@ from cowslice.cache.slicemap import SliceCache, SliceMap
 from cowslice.errors import BadOption, CowsliceError, MalformedImage, ReferenceRefused, UnsupportedImage
 from cowslice.format.header import Autoclear
 from cowslice.image.compressed import CompressedClusters, DecompressedCache
+from cowslice.image.fastpath import FastPath
 from cowslice.image.gate import Role, pass_gate, resolve, root_of, shown
 from cowslice.image.keys import open_cipher
 from cowslice.image.layer import Layer
@@ -222,3 +223,14 @@ def _compressed(file: OpenedFile, decompressed: DecompressedCache) -> Compressed
     header = file.first.header
     return CompressedClusters(file.place.storage, kind=header.compression_type,
                               cluster_size=header.geometry.cluster_size, shared=decompressed)
+
+
+def fast_path(layers: Iterable[Layer]) -> FastPath:
+    """The compiled path over the same layers."""
+    fast = FastPath()
+    for layer in layers:
+        if isinstance(layer, Qcow2Layer):
+            layer.join(fast)
+        else:
+            fast.add_raw(size=layer.size, data=layer.storage)
+    return fast

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import weakref
-from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property
@@ -22,13 +21,15 @@ from cowslice.format.geometry import Geometry
 from cowslice.format.header import CryptMethod, Header
 from cowslice.format.snapshots import Snapshot
 from cowslice.image.bitmaps import load_bitmaps
-from cowslice.image.chain import open_chain
+from cowslice.image.capture import Capture
+from cowslice.image.chain import fast_path, open_chain
 from cowslice.image.compressed import DecompressedCache
 from cowslice.image.fastpath import FastPath
 from cowslice.image.file import ImageFile
 from cowslice.image.layer import Layer
 from cowslice.image.lease import Lease
 from cowslice.image.mapping import Extent, extents, merged
+from cowslice.image.offsets import offsets_of
 from cowslice.image.options import OpenKeywords, OpenOptions, Source
 from cowslice.image.qcow2 import Qcow2Layer
 from cowslice.image.reading import read_piece
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
     from typing import Self, Unpack
 
     from _typeshed import ReadableBuffer, WriteableBuffer
-
-    from cowslice.image.capture import Capture
 
 _WRITE, _FLUSH, _DISCARD, _ZERO = range(1, 5)  # kinds of requests in a capture
 MAX_THREADS = 64  # of one read_many; more only wait for each other
@@ -66,7 +65,7 @@ class Image:
         self.size: int = self.layers[0].size
         self._lease = Lease(self.path)
         try:
-            self._fast = None if options.metadata_only else _fast_path(self.layers)
+            self._fast = None if options.metadata_only else fast_path(self.layers)
             self._writes = open_writes(chain, options, self._fast) if options.writable else None
         except BaseException:
             chain.stack.close()  # now: whoever keeps the error would keep the locks
@@ -181,7 +180,7 @@ class Image:
         `offsets` is a buffer of 64-bit integers (an int64 array) or integers; `out` has len(offsets) * length bytes.
         `depth` is how many reads may be under way together. Raises as read_into, BadOption where sizes do not fit.
         """
-        chosen = _offsets(offsets)
+        chosen = offsets_of(offsets)
         view = memoryview(out).cast("B")
         if length < 0 or len(chosen) * length != len(view):
             raise BadOption(f"out has {len(view)} bytes, expected {len(chosen)} reads of {length} bytes")
@@ -230,7 +229,7 @@ class Image:
         Arguments are as those of read_many; with `depth` above 1 the order of overlapping writes is not kept.
         Raises as write and read_many.
         """
-        writes, chosen, view = self._for_writing(), _offsets(offsets), memoryview(data).cast("B")
+        writes, chosen, view = self._for_writing(), offsets_of(offsets), memoryview(data).cast("B")
         if length < 0 or len(chosen) * length != len(view):
             raise BadOption(f"data has {len(view)} bytes, expected {len(chosen)} writes of {length} bytes")
         if depth < 1:
@@ -348,8 +347,6 @@ class Image:
         A request takes 16 bytes; image.capture says which. `with disk.capture(path):` closes it. Raises RequestError
         while another capture of this image goes on, BadOption for a disk too large to describe, Closed, StorageError.
         """
-        from cowslice.image.capture import Capture  # only here: start-up stays light
-
         if self._fast is None:
             raise self._refusal(0)
         with self._lease:
@@ -494,28 +491,3 @@ def _give_back(upkeep: Upkeep, writes: Writes | None, files: ExitStack) -> None:
                 writes.finish()
     finally:
         files.close()
-
-
-def _fast_path(layers: Iterable[Layer]) -> FastPath:
-    """The compiled path over the same layers."""
-    fast = FastPath()
-    for layer in layers:
-        if isinstance(layer, Qcow2Layer):
-            layer.join(fast)
-        else:
-            fast.add_raw(size=layer.size, data=layer.storage)
-    return fast
-
-
-def _offsets(offsets: ReadableBuffer | Iterable[int]) -> memoryview | array[int]:
-    """The offsets as a buffer of 64-bit integers; one that is given is not copied."""
-    try:
-        view = memoryview(offsets)  # type: ignore[arg-type]
-    except TypeError:
-        try:
-            return array("q", offsets)  # type: ignore[arg-type]
-        except OverflowError:
-            raise OutOfRange("an offset does not fit 64 bits, expected offsets inside the disk") from None
-    if view.ndim != 1 or view.itemsize != 8 or view.format not in ("q", "l", "Q", "L"):
-        raise BadOption(f"offsets has items of type '{view.format}', expected one dimension of 64-bit integers")
-    return view

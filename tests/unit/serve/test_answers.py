@@ -20,12 +20,13 @@ READ = Request(Command.READ, 0, 1, 0, 4096)
 class BrokenDisk:
     """A disk whose every read fails in one way."""
 
+    fast_path = None
     size = 1 << 20
 
     def __init__(self, fault: BaseException) -> None:
         self.fault = fault
 
-    def read_into(self, offset: int, buffer: object) -> None:
+    def read_into(self, offset: int, buffer: object, *, noted: bool = False) -> None:
         raise self.fault
 
 
@@ -82,7 +83,7 @@ def test_reading_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
 
     class Disk(BrokenDisk):
-        def read_into(self, offset: int, buffer: object) -> None:
+        def read_into(self, offset: int, buffer: object, *, noted: bool = False) -> None:
             read.append(len(memoryview(buffer)))  # type: ignore[arg-type]
 
     parts, failed = answering(Disk(Closed(""))).answer(Request(Command.CACHE, 0, 1, 0, 1 << 40))
