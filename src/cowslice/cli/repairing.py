@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from cowslice.cli import checkout, exitcodes
 from cowslice.cli.output import complain, say, say_json
 from cowslice.cli.progress import maybe_shown
-from cowslice.errors import NotAnImage
+from cowslice.errors import BadOption, NotAnImage
 from cowslice.ops.repair import RepairReport, repair
 from cowslice.ops.undojournal import journal_path, latest_journal, undo
-from cowslice.storage.locate import locate
+from cowslice.storage.locate import local_path, locate
 
 if TYPE_CHECKING:
     from cowslice.ops.overlay import Edit
@@ -44,7 +44,7 @@ def repair_image(name: str, wanted: Wanted, *, direct: bool, output: str, quiet:
         try:
             with maybe_shown("repairing", wanted.progress, unit="tables") as advance:
                 done = repair(storage, wanted.mode, dry_run=wanted.dry_run, workers=wanted.workers,
-                              journal=wanted.journal or (None if wanted.dry_run else journal_path(name)),
+                              journal=None if wanted.dry_run else wanted.journal or journal_path(_path_of(name)),
                               progress=advance, when_journaled=tell)
         except NotAnImage:
             complain(f"'{name}' has format raw, which holds nothing to check", "Only qcow2 images can be checked.")
@@ -60,13 +60,21 @@ def repair_image(name: str, wanted: Wanted, *, direct: bool, output: str, quiet:
 
 def undo_repair(name: str, *, journal: str | None, direct: bool, quiet: bool) -> int:
     """Take the repair back whose journal this is, or the last one."""
-    path = journal or latest_journal(name)
+    path = journal or latest_journal(_path_of(name))
     with locate(name, "r+", direct=direct) as storage:
         pages = undo(storage, path)
     if not quiet:
         say(f"'{name}' is as it was before the repair ({pages} pages of 4096 bytes taken from '{path}', which may be "
             "removed now).")
     return exitcodes.OK
+
+
+def _path_of(name: str) -> str:
+    path = local_path(name)
+    if path is None:
+        raise BadOption(f"'{name}' is no local file, so the undo journal cannot lie beside it",
+                        hint="Say where it is: --journal PATH.")
+    return path
 
 
 def _as_json(done: RepairReport, name: str, wanted: Wanted) -> dict[str, Any]:

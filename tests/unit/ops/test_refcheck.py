@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cowslice.format.geometry import Geometry
-from cowslice.format.refcounts import pack_refblock, unpack_refblock
+from cowslice.format.refcounts import get_refcount, pack_refblock, set_refcount, unpack_refblock
 from cowslice.ops.claimscan import claims
 from cowslice.ops.l2rules import EntryRules, judge_entry
 from cowslice.ops.refcheck import SATURATED, UNREADABLE, Owners, Tally
@@ -210,3 +210,25 @@ def _scanned(entries: list[int], first: int, clusters: int) -> list[int]:
 
 def _table(entries: list[tuple[int, int]], extended: bool) -> bytes:
     return b"".join(struct.pack(">QQ" if extended else ">Q", *entry[: 2 if extended else 1]) for entry in entries)
+
+
+@given(
+    order=st.integers(0, 6), first=st.integers(0, 20), up=st.booleans(), down=st.booleans(), fresh=st.booleans(),
+    counts=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=40),
+)  # fmt: skip
+def test_counts_are_put_into_a_block_where_they_differ_in_the_wanted_direction(
+    order: int, first: int, up: bool, down: bool, fresh: bool, counts: list[tuple[int, int]]
+) -> None:
+    tally = Tally(first, len(counts), 1)
+    block = bytearray(512)
+    for n, (stored, counted) in enumerate(counts):
+        set_refcount(block, first + n, order, stored)
+        tally.add(first + n, 1, counted)
+    tally.load(0, block, order)
+    changed, _ = tally.put(0, block, order, up=up, down=down, fresh=fresh)
+    expected = 0
+    for n, (stored, counted) in enumerate(counts):
+        chosen = counted > 0 if fresh else (up and counted > stored) or (down and counted < stored)
+        expected += chosen
+        assert get_refcount(block, first + n, order) == (counted if chosen else stored)
+    assert changed == expected
