@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import cowslice as library
+from cowslice.errors import NoSpace
+from cowslice.image.image import Image
 from cowslice.testing import peers
 from cowslice.testing.commandline import cowslice
 
@@ -19,6 +22,10 @@ LAYOUTS = [
     ("extended_l2=on", "extended_l2=on,cluster_size=16k"), ("cluster_size=512", "cluster_size=2M"),
     (None, "cluster_size=4k"), ("lazy_refcounts=on,refcount_bits=1", "lazy_refcounts=on"),
 ]  # fmt: skip
+
+
+def cowslice_open(path: Path) -> Image:
+    return library.open(path, "r+", secret="words")
 
 
 def scribble(path: Path, seed: int, size: int, *, image_format: str = "qcow2") -> None:
@@ -165,3 +172,54 @@ def test_a_base_outside_the_folder_needs_permission(tmp_path: Path) -> None:
     assert base.read_bytes() == bytes(MiB)
     assert cowslice("commit", "--allow", tmp_path, top).status == 0
     assert base.read_bytes() == b"\3" * 65536 + bytes(MiB - 65536)
+
+
+def test_an_encrypted_overlay_and_base_stay_encrypted(tmp_path: Path) -> None:
+    base, top = tmp_path / "base", tmp_path / "top"
+    secret = ["--object", "secret,id=key,data=words"]
+    luks = ["-f", "qcow2", "-o", "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10"]
+    assert cowslice("create", *secret, *luks, base, 2 * MiB).status == 0
+    assert cowslice("create", *secret, *luks, "-u", "-b", "base", "-F", "qcow2", top, 2 * MiB).status == 0
+    with cowslice_open(top) as disk:
+        disk.write(70_000, b"secret words" * 10_000)
+        wanted = disk.read(0, 2 * MiB)
+    said = cowslice("commit", *secret, "--image-opts", f"driver=qcow2,file.filename={top},encrypt.key-secret=key")
+    assert said.status == 0, said.err
+    for path in (base, top):
+        assert cowslice("check", path).status == 0
+        with cowslice_open(path) as disk:
+            assert disk.read(0, 2 * MiB) == wanted
+        assert b"secret words" not in path.read_bytes()
+
+
+def test_an_overlay_whose_data_lies_in_another_file_is_emptied_too(tmp_path: Path) -> None:
+    base, top = tmp_path / "base", tmp_path / "top"
+    base.write_bytes(b"\5" * 2 * MiB)
+    overlay(top, base, "raw", f"data_file={tmp_path / 'data'}")
+    peers.qemu_io(top, "write -P 3 70k 300k", "write -z 1M 64k")
+    peers.qemu_img("convert", "-O", "raw", top, tmp_path / "before")
+    assert cowslice("commit", top).status == 0
+    sound(top)
+    assert base.read_bytes() == (tmp_path / "before").read_bytes()
+    peers.qemu_img("compare", "-F", "raw", top, tmp_path / "before")
+    assert not any(extent["depth"] == 0 for extent in peers.qemu_img_json("map", top))
+
+
+def test_when_the_base_fills_up_the_overlay_still_holds_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _, top = make_chain(tmp_path / "ours", "cluster_size=64k", "cluster_size=64k")
+    peers.qemu_img("convert", "-O", "raw", top, tmp_path / "before")
+    before = top.read_bytes()
+
+    def full(image: Image) -> None:
+        raise NoSpace("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Image, "flush", full)
+        assert cowslice("commit", top).status == 1
+    assert top.read_bytes() == before
+    peers.qemu_img("compare", "-F", "raw", top, tmp_path / "before")
+    assert cowslice("commit", top).status == 0
+    peers.qemu_img("compare", "-F", "raw", top, tmp_path / "before")
+    sound(base)
