@@ -95,6 +95,7 @@ class Growth:
         except BaseException:
             with suppress(CowsliceError):
                 self._cut(roots, before)
+            self.layer.size = before  # also where nothing can be undone: what is behind it reads as zeros
             raise
         self.writer.resized(size)
 

@@ -31,6 +31,7 @@ class Snapshotting:
     def __init__(self, writer: Writer) -> None:
         self.writer = writer
         self.layer = writer.layer
+        self._uneven = False  # COPIED may be off where a count is 1, because something failed
 
     def create(self, name: str) -> Snapshot:
         """Keep the disk as it is now under a name; returns the record. It is stable then.
@@ -57,9 +58,11 @@ class Snapshotting:
             tree = roots.tree(words)
             roots.raise_tree(tree)
             undo.callback(roots.take_back, tree)
+            self._uneven = True
             roots.clear_copied(tree)
             roots.commit()
             undo.pop_all()
+            self._uneven = False
             self._switch_table(roots, before, table, len(before) + 1)
         return record
 
@@ -78,11 +81,13 @@ class Snapshotting:
             table = self._place_table(roots, [one for one in before if one is not gone], undo)
             roots.commit()
             undo.pop_all()
+            self._uneven = True
             self._switch_table(roots, before, table, len(before) - 1)
             roots.lower_tree(tree)
             roots.forget(gone.l1_offset, gone.l1_size * 8)
             roots.commit()
             roots.set_copied(tree)
+            self._uneven = False
 
     def apply(self, id_or_name: str) -> None:
         """Let the disk be again what the snapshot with this id, or else of this name, holds; its size too.
@@ -115,6 +120,15 @@ class Snapshotting:
             roots.lower_tree(former)
             roots.forget(header.l1_table_offset, header.l1_size * 8)
             roots.commit()
+
+    def finish(self) -> None:
+        """Set COPIED where an operation that failed has left it off. Raises StorageError."""
+        if self._uneven and self.writer.commits.fault is None:
+            with alone(self.writer) as roots:
+                roots.commit()
+                roots.commit()
+                roots.set_copied()
+                self._uneven = False
 
     # -- the table --------------------------------------------------------------------------------------------------
 

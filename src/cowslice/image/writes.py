@@ -137,6 +137,7 @@ class Qcow2Writes(Writes):
     def finish(self) -> None:
         if not self._finished:
             self._finished = True
+            self.snapshotting.finish()
             self.writer.commits.finish()
 
 
