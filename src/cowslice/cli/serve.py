@@ -177,7 +177,8 @@ def _where(server: Server) -> list[str]:
     lines = []
     for number, uri in enumerate(server.uris):
         export = exports[number % len(exports)]
-        lines.append(printable(f"{uri}  {exact_size(export.disk.size)}, read-only, {export.disk.path}"))
+        way = "writable" if export.writable else "read-only"
+        lines.append(printable(f"{uri}  {exact_size(export.disk.size)}, {way}, {export.disk.path}"))
     return lines
 
 

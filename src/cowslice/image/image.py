@@ -236,8 +236,13 @@ class Image:
             raise BadOption(f"depth is {depth}, expected at least 1")
         assert self._fast is not None
         for number in self._fast.write_many(chosen, length, view, depth) if length else ():
+            part = view[number * length : (number + 1) * length]
+            zeros = self._options.detect_zeroes != "off" and is_zero(part)
             with self._lease, writes.request():
-                writes.write(chosen[number], view[number * length : (number + 1) * length])
+                if zeros:
+                    writes.zero(chosen[number], length, keep=self._options.detect_zeroes == "on")
+                else:
+                    writes.write(chosen[number], part)
 
     def write_compressed(self, offset: int, data: ReadableBuffer) -> None:
         """Write whole clusters compressed; the last one may be cut by the end of the disk.

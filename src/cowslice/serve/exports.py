@@ -72,6 +72,7 @@ class Export:
             raise BadOption(f"'{disk.path}' was opened for reading only, so it cannot be served for writing")
         self.disk = disk
         self.name = name
+        self.writable = writable
         self._bitmaps = {DIRTY_BITMAP + wanted: find_bitmap(disk, wanted) for wanted in bitmaps}
         depth = (ALLOCATION_DEPTH,) if allocation_depth else ()
         try:
