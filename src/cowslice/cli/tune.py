@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ Examples:
   cowslice tune vm.qcow2 --workload zipf:theta=1.1,write=0.3 --l2-cache-size 2M
   cowslice tune vm.qcow2 --device read4k=177us,read64k=423us,rate4k=56700,rate64k=8090
   cowslice tune a.qcow2 b.qcow2 --trace a.log --trace b.log --budget 8M
+  cowslice tune vm.qcow2 --trace guest.log --html advice.html
   cowslice tune --json vm.qcow2 | jq -r .paste.drive
 
 \b
@@ -105,6 +107,8 @@ class Tuned:
 @click.option("--device", metavar="CONSTANTS", default="calibrate", show_default=True,
               help="How fast the storage is: measured, or constants as in the examples.")
 @click.option("--budget", metavar="SIZE", help="Share so much memory among several images.")
+@click.option("--html", "page", metavar="FILE", type=click.Path(dir_okay=False),
+              help="Also write it as one page that needs nothing else: curves, heat map, packing.")
 @output_format
 @click.option("--json", "wants_json", is_flag=True, help="The same as --output=json.")
 @click.option("-p", "progress", is_flag=True, help="Show progress, also where standard error is no terminal.")
@@ -113,7 +117,7 @@ class Tuned:
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 def command(
     images: tuple[str, ...], output: str, wants_json: bool, quiet: bool, progress: bool, budget: str | None,
-    **chosen: Any,
+    page: str | None, **chosen: Any,
 ) -> int:
     """Say which metadata cache IMAGE needs, from its map, what its guest does, and how fast its storage is.
 
@@ -125,6 +129,8 @@ def command(
     _check(images, asked, limit)
     calibrations: dict[int, Calibration] = {}
     tuned = [_tune(number, image, asked, calibrations) for number, image in enumerate(images)]
+    if page is not None:
+        _write_page(page, tuned)
     _say_all(tuned, limit, "json" if wants_json else output, quiet)
     return exitcodes.OK
 
@@ -205,6 +211,24 @@ def _calibration(disk: Image, asked: Asked, known: dict[int, Calibration]) -> Ca
     if device is not None:
         known[device] = measured
     return measured
+
+
+def _write_page(path: str, tuned: list[Tuned]) -> None:
+    """Whole or not at all: an old page stands until the new one is complete."""
+    from cowslice.errors import StorageError
+    from cowslice.tune.report import page
+
+    text = page([(each.advice, each.assumption) for each in tuned])
+    beside = f"{path}.{os.getpid()}.part"
+    try:
+        with open(beside, "x", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(beside, path)
+    except OSError as error:
+        raise StorageError.of(error, "write the page", path) from error
+    finally:
+        with suppress(OSError):
+            os.unlink(beside)
 
 
 def _say_all(tuned: list[Tuned], budget: int | None, output: str, quiet: bool) -> None:
