@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cowslice.tune.advise import Advice
     from cowslice.tune.calibrate import Calibration
     from cowslice.tune.trace import RequestSource
+    from cowslice.tune.verify import Proof
 
 ASSUMED = "uniform"
 ASSUMPTION = ("No trace was given, so this assumes reads of 4 KiB all over the disk, every place as likely: the worst "
@@ -40,6 +41,7 @@ Examples:
   cowslice tune vm.qcow2 --device read4k=177us,read64k=423us,rate4k=56700,rate64k=8090
   cowslice tune a.qcow2 b.qcow2 --trace a.log --trace b.log --budget 8M
   cowslice tune vm.qcow2 --trace guest.log --html advice.html
+  cowslice tune vm.qcow2 --trace guest.log --verify    forecast beside measured
   cowslice tune --json vm.qcow2 | jq -r .paste.drive
 
 \b
@@ -71,6 +73,7 @@ class Asked:
     depth: int
     device: str
     shows_progress: bool
+    verifies: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +84,14 @@ class Tuned:
     assumption: str
     skipped: int
     notes: tuple[str, ...]
+    proofs: tuple[Proof, ...] | None
 
     def as_json(self) -> dict[str, Any]:
         from cowslice.tune.wording import as_json
 
         return {**as_json(self.advice), "assumption": self.assumption or None, "trace-lines-skipped": self.skipped,
-                "trace-notes": list(self.notes)}
+                "trace-notes": list(self.notes),
+                "verified": None if self.proofs is None else [proof.as_json() for proof in self.proofs]}
 
 
 @click.command("tune", epilog=EPILOG)
@@ -107,6 +112,8 @@ class Tuned:
 @click.option("--device", metavar="CONSTANTS", default="calibrate", show_default=True,
               help="How fast the storage is: measured, or constants as in the examples.")
 @click.option("--budget", metavar="SIZE", help="Share so much memory among several images.")
+@click.option("--verify", "verifies", is_flag=True,
+              help="Replay the first 20000 requests as reads, also in QEMU if installed: forecast beside measured.")
 @click.option("--html", "page", metavar="FILE", type=click.Path(dir_okay=False),
               help="Also write it as one page that needs nothing else: curves, heat map, packing.")
 @output_format
@@ -136,7 +143,7 @@ def command(
 
 
 def _asked(chosen: dict[str, Any], *, shows_progress: bool) -> Asked:
-    own = ("traces", "trace_format", "disks", "skip_bad", "workload", "depth", "device")
+    own = ("traces", "trace_format", "disks", "skip_bad", "workload", "depth", "device", "verifies")
     given = {name: value for name, value in chosen.items() if name not in own and name not in _SIZES}
     return Asked(given=Given(**given), sizes={name: chosen[name] for name in _SIZES}, shows_progress=shows_progress,
                  **{name: chosen[name] for name in own})
@@ -169,12 +176,24 @@ def _tune(number: int, image: str, asked: Asked, calibrations: dict[int, Calibra
         with maybe_shown("reading the map and the requests", asked.shows_progress, unit="steps") as advance:
             advice = advise(gather(disk, source, calibration=calibration, source=source.name, name=disk.path,
                                    today=today, depth=asked.depth, on_progress=advance))
+    proofs = _verified(image, asked, advice, source) if asked.verifies else None
     if source.skipped:
         warn(f"'{source.name}': {source.skipped} malformed lines were passed over")
     for note in source.notes:
         warn(f"'{source.name}': {note}")
     assumed = ASSUMPTION if not asked.traces and asked.workload is None else ""
-    return Tuned(advice, assumed, source.skipped, source.notes)
+    return Tuned(advice, assumed, source.skipped, source.notes, proofs)
+
+
+def _verified(image: str, asked: Asked, advice: Advice, source: RequestSource) -> tuple[Proof, ...]:
+    from cowslice.tune.verify import verify
+
+    def opener(cache: int, entry: int, direct: bool) -> Image:
+        return open_image(image, asked.given, warmup="off", backing=None, direct=direct, cache_size=None,
+                          l2_cache_size=cache, l2_cache_entry_size=entry)
+
+    with maybe_shown("replaying", asked.shows_progress, unit="steps") as advance:
+        return tuple(verify(advice, source, opener, on_progress=advance))
 
 
 def _todays_sizes(image: str, asked: Asked) -> dict[str, Any]:
@@ -208,6 +227,8 @@ def _calibration(disk: Image, asked: Asked, known: dict[int, Calibration]) -> Ca
         return known[device]
     with maybe_shown("measuring the storage", asked.shows_progress, unit="steps") as advance:
         measured = calibrate(disk.path, on_progress=advance)
+        if advance is not None:
+            advance(1, 1)  # without QEMU it ends before all steps
     if device is not None:
         known[device] = measured
     return measured
@@ -232,7 +253,7 @@ def _write_page(path: str, tuned: list[Tuned]) -> None:
 
 
 def _say_all(tuned: list[Tuned], budget: int | None, output: str, quiet: bool) -> None:
-    from cowslice.cli.tuneout import say_advice, say_division
+    from cowslice.cli.tuneout import say_advice, say_division, say_proofs
     from cowslice.tune.sharing import divide, division_json
 
     division = None if budget is None else divide([each.advice for each in tuned], budget)
@@ -244,6 +265,9 @@ def _say_all(tuned: list[Tuned], budget: int | None, output: str, quiet: bool) -
         return
     for each in () if quiet else tuned:
         say_advice(each.advice, each.assumption)
+        if each.proofs is not None:
+            say()
+            say_proofs(each.proofs)
         if len(tuned) > 1:
             say()
     if division is not None and not quiet:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from cowslice.cli.output import paint, printable, say, say_table
 from cowslice.tune.advise import Advice, Choice
 from cowslice.tune.sharing import Division, Part
+from cowslice.tune.verify import Proof
 from cowslice.tune.wording import duration, headline, pasted, percent, rate, sentences
 from cowslice.units import KiB, format_size
 
@@ -56,6 +57,29 @@ def say_division(division: Division) -> None:
     _say()
     for part in division.parts:
         _say(printable(part.pastes().drive))
+
+
+def say_proofs(proofs: Sequence[Proof]) -> None:
+    """Forecast beside measured, at each setting."""
+    if not proofs:
+        return
+    _say(paint(f"Verified with {proofs[0].requests:,} reads from an empty cache, first touches included", "bold"))
+    heads = ("engine", "setting", "cache", "entries", "depth", "hits forecast", "measured", "rate forecast", "measured")
+    say_table(heads, [_proof_row(proof) for proof in proofs], right="llrrrrrrr")
+    if all(proof.engine == "cowslice" for proof in proofs):
+        _wrapped("QEMU was not asked: qemu-io is not installed.")
+
+
+def _proof_row(proof: Proof) -> tuple[str, ...]:
+    measured = "-" if proof.measured_hits is None else percent_exactly(proof.measured_hits)
+    return (proof.engine.replace("qemu", "QEMU"), proof.role, format_size(proof.cache_bytes),
+            format_size(proof.entry_bytes), str(proof.depth), percent_exactly(proof.forecast_hits), measured,
+            rate(proof.forecast_rate), rate(proof.measured_rate))
+
+
+def percent_exactly(share: float) -> str:
+    """A share to a hundredth of a percent, for comparing two."""
+    return f"{share * 100:.2f} %"
 
 
 _ENGINES: tuple[tuple[str, Callable[[Part], Choice]], ...] = (

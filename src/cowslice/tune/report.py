@@ -30,11 +30,12 @@ overflow-wrap:anywhere}h2{font-size:15px;margin:0 0 6px}.card{background:var(--c
 border-radius:10px;padding:12px 14px;min-width:0;margin:0}.grid{display:grid;gap:12px;margin:12px 0;
 grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr))}.dim{color:var(--dim);font-size:13px}
 ul{margin:0;padding-left:18px}li{margin:3px 0}svg{display:block;width:100%;height:auto}.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-size:14px}td,th{padding:3px 8px;text-align:right;white-space:nowrap;
+table{border-collapse:collapse;width:100%;font-size:13px}td,th{padding:3px 5px;text-align:right;white-space:nowrap;
 border-top:1px solid var(--line)}th{font-weight:600;border-top:0}td:first-child,th:first-child{text-align:left;
 padding-left:0}pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--ground);border-radius:6px;padding:8px;
 margin:4px 0;font-size:13px}text{fill:var(--dim);font-size:12px}.mark{stroke:var(--ink);fill:var(--ink)}
-.axis{stroke:var(--line)}path{fill:none;stroke-width:2}.q{stroke:var(--a)}.c{stroke:var(--b)}.key{font-size:13px}
+.axis{stroke:var(--line)}svg.map{border:1px solid var(--line)}path{fill:none;
+stroke-width:2}.q{stroke:var(--a)}.c{stroke:var(--b)}.key{font-size:13px}
 .key svg{display:inline-block;width:34px;height:10px;vertical-align:middle}.key span{margin-right:14px;
 white-space:nowrap}@media(max-width:500px){text{font-size:17px}}
 """
@@ -143,8 +144,8 @@ def _heat(advice: Advice) -> str:
     cells = "".join(f'<rect x="{column}" y="{row}" width="1.02" height="1.02" '
                     f'opacity="{shades[row, column] / 10:.1f}"/>'
                     for row, column in zip(*np.nonzero(shades), strict=True))
-    return (f'<svg viewBox="0 0 {columns} {rows}" preserveAspectRatio="none" style="height:220px" role="img" '
-            f'aria-label="requests by place and time"><g fill="var(--hot)">{cells}</g></svg><p class="dim">Time goes '
+    return (f'<svg class="map" viewBox="0 0 {columns} {rows}" preserveAspectRatio="none" style="height:220px" '
+            f'role="img" aria-label="requests by place and time"><g fill="var(--hot)">{cells}</g></svg><p class="dim">Time goes '
             f'to the right, {advice.evidence.habits.per_column:,} requests a column; the disk from 0 at the top to '
             f'{format_size(advice.evidence.size)} at the bottom. The fullest cell has {int(heat.max()):,}.</p>')
 
@@ -160,10 +161,11 @@ def _packing(advice: Advice) -> str:
         if raw:
             height = max(1.5, 100 * min(1.0, taken / raw))
             bars.append(f'<rect x="{number}" y="{100 - height:.1f}" width=".8" height="{height:.1f}"/>')
-    return (f'<svg viewBox="0 0 {len(groups)} 100" preserveAspectRatio="none" style="height:160px" role="img" '
-            f'aria-label="packed size by region"><g fill="var(--b)">{"".join(bars)}</g></svg><p class="dim">The disk '
-            f'from left to right; a bar as high as the card is a part of the map that does not pack at all, no bar one '
-            f'that has no map. {format_size(packed.raw_bytes)} on disk, {format_size(packed.packed_bytes)} in memory.</p>')
+    return (f'<svg class="map" viewBox="0 0 {len(groups)} 100" preserveAspectRatio="none" style="height:160px" '
+            f'role="img" aria-label="packed size by region"><g fill="var(--b)">{"".join(bars)}</g></svg>'
+            f'<p class="dim">The disk from left to right; a bar as high as the card is a part of the map that does not pack at all, no bar one '
+            f'that has no map. {format_size(packed.raw_bytes)} on disk, {format_size(packed.packed_bytes)} in memory.'
+            '</p>')
 
 
 def _table(advice: Advice) -> str:
