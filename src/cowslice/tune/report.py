@@ -145,7 +145,8 @@ def _heat(advice: Advice) -> str:
                     f'opacity="{shades[row, column] / 10:.1f}"/>'
                     for row, column in zip(*np.nonzero(shades), strict=True))
     return (f'<svg class="map" viewBox="0 0 {columns} {rows}" preserveAspectRatio="none" style="height:220px" '
-            f'role="img" aria-label="requests by place and time"><g fill="var(--hot)">{cells}</g></svg><p class="dim">Time goes '
+            f'role="img" aria-label="requests by place and time"><g fill="var(--hot)">{cells}</g></svg>'
+            '<p class="dim">Time goes '
             f'to the right, {advice.evidence.habits.per_column:,} requests a column; the disk from 0 at the top to '
             f'{format_size(advice.evidence.size)} at the bottom. The fullest cell has {int(heat.max()):,}.</p>')
 
@@ -163,7 +164,8 @@ def _packing(advice: Advice) -> str:
             bars.append(f'<rect x="{number}" y="{100 - height:.1f}" width=".8" height="{height:.1f}"/>')
     return (f'<svg class="map" viewBox="0 0 {len(groups)} 100" preserveAspectRatio="none" style="height:160px" '
             f'role="img" aria-label="packed size by region"><g fill="var(--b)">{"".join(bars)}</g></svg>'
-            f'<p class="dim">The disk from left to right; a bar as high as the card is a part of the map that does not pack at all, no bar one '
+            '<p class="dim">The disk from left to right; '
+            'a bar as high as the card is a part of the map that does not pack at all, no bar one '
             f'that has no map. {format_size(packed.raw_bytes)} on disk, {format_size(packed.packed_bytes)} in memory.'
             '</p>')
 
