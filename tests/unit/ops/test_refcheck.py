@@ -7,9 +7,10 @@ from array import array
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from cowslice.format.entries import COMPRESSED, L2_OFFSET_MASK
 from cowslice.format.geometry import Geometry
 from cowslice.format.refcounts import get_refcount, pack_refblock, set_refcount, unpack_refblock
 from cowslice.ops.claimscan import claims
@@ -83,6 +84,8 @@ def test_what_is_judged_without_a_word_counts_as_the_plain_rules_do(
     stored: list[int], shortfall: int, window: int,
 ) -> None:
     entries = entries if extended else [(word, 0) for word, _ in entries]
+    # The flag of an unaligned entry in cluster 0 needs the count of that cluster, which other windows leave to the caller.
+    assume(not any(0 < word & L2_OFFSET_MASK < 1 << BITS and not word & COMPRESSED for word, _ in entries))
     length, times = (CLUSTERS << BITS) - shortfall, copied + others
     counts = dict(enumerate(stored))
     references, faults = Counter[int](), 0
