@@ -84,7 +84,7 @@ def test_what_is_judged_without_a_word_counts_as_the_plain_rules_do(
     stored: list[int], shortfall: int, window: int,
 ) -> None:
     entries = entries if extended else [(word, 0) for word, _ in entries]
-    # The flag of an unaligned entry in cluster 0 needs the count of that cluster, which other windows leave to the caller.
+    # The flag of an unaligned entry in cluster 0 needs a count that other windows leave to the caller.
     assume(not any(0 < word & L2_OFFSET_MASK < 1 << BITS and not word & COMPRESSED for word, _ in entries))
     length, times = (CLUSTERS << BITS) - shortfall, copied + others
     counts = dict(enumerate(stored))
