@@ -37,29 +37,23 @@ def image_format(command: F) -> F:
 
 def common(command: F) -> F:
     """--image-opts, --object, -U and -q: what every verb of qemu-img takes."""
-    for option in reversed((
-        click.option("--image-opts", is_flag=True, help="IMAGE is 'driver=qcow2,file.filename=PATH,...'."),
-        click.option("--object", "objects", multiple=True, metavar="OBJECT",
-                     help="'secret,id=ID,data=TEXT' or 'secret,id=ID,file=PATH': a passphrase, named by "
-                          "encrypt.key-secret=ID."),
-        click.option("-U", "--force-share", is_flag=True, help="Read even while another program writes."),
-        click.option("-q", "--quiet", is_flag=True, help="Print no result, only errors."),
-    )):
-        command = option(command)
-    return command
+    return _image_opts("IMAGE")(_objects(_force_share(_quiet(command))))
 
 
 def changing(command: F) -> F:
     """--image-opts, --object and -q: what every verb of qemu-img takes that writes to an image."""
-    for option in reversed((
-        click.option("--image-opts", is_flag=True, help="FILE is 'driver=qcow2,file.filename=PATH,...'."),
-        click.option("--object", "objects", multiple=True, metavar="OBJECT",
-                     help="'secret,id=ID,data=TEXT' or 'secret,id=ID,file=PATH': a passphrase, named by "
-                          "encrypt.key-secret=ID."),
-        click.option("-q", "--quiet", is_flag=True, help="Print no result, only errors."),
-    )):
-        command = option(command)
-    return command
+    return _image_opts("FILE")(_objects(_quiet(command)))
+
+
+def _image_opts(argument: str) -> Callable[[F], F]:
+    return click.option("--image-opts", is_flag=True, help=f"{argument} is 'driver=qcow2,file.filename=PATH,...'.")
+
+
+_objects = click.option("--object", "objects", multiple=True, metavar="OBJECT",
+                        help="'secret,id=ID,data=TEXT' or 'secret,id=ID,file=PATH': a passphrase, named by "
+                             "encrypt.key-secret=ID.")
+_force_share = click.option("-U", "--force-share", is_flag=True, help="Read even while another program writes.")
+_quiet = click.option("-q", "--quiet", is_flag=True, help="Print no result, only errors.")
 
 
 def chain(command: F) -> F:

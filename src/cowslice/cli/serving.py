@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cowslice.cli.images import open_image
-from cowslice.cli.options import Given, parse_keyval
+from cowslice.cli.options import Given, parse_keyval, snapshot_name
 from cowslice.errors import BadOption
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def open_exports(images: tuple[str, ...], wanted: Wanted, given: Given, stack: E
     exports: list[Export] = []
     for name, image in named:
         disk = stack.enter_context(
-            open_image(image, given, snapshot=_snapshot(wanted.snapshot), writable=wanted.writable))
+            open_image(image, given, snapshot=snapshot_name(wanted.snapshot), writable=wanted.writable))
         if wanted.capture is not None:
             _capture(disk, wanted.capture, stack)
         exports.append(_export(disk, name, wanted, bitmaps=wanted.bitmaps))
@@ -214,13 +214,3 @@ def _snapshots(disk: Image, name: str) -> list[tuple[str, str]]:
             called = number
         found.setdefault(called, number)
     return [(number, f"{name}@{called}") for called, number in found.items()]
-
-
-def _snapshot(text: str | None) -> str | None:
-    """The id or name: plain, or behind snapshot.id= or snapshot.name=."""
-    if text is None:
-        return None
-    for prefix in ("snapshot.id=", "snapshot.name="):
-        if text.startswith(prefix):
-            return text[len(prefix) :]
-    return text
