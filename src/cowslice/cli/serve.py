@@ -78,6 +78,9 @@ Exit status: 0 ended as it should, 1 failed, 64 usage."""
               help="Requests of one client under way at once.")
 @click.option("--max-in-flight-bytes", default="64M", show_default=True, metavar="SIZE",
               help="What they may add up to.")
+@click.option("--poll-max-ns", type=click.IntRange(0, 1_000_000_000), default=100_000, show_default=True,
+              metavar="NANOSECONDS", help="How long to wait awake for a client that asks one thing after another; "
+              "0: sleep at once.")
 @click.option("--metrics", metavar="[HOST:]PORT",
               help="Show counts for people, and at /metrics for Prometheus, at this HTTP address.")
 @click.option("--capture", metavar="FILE", help="Record what clients ask in this new file, for `cowslice tune`.")
@@ -138,7 +141,7 @@ def _start(images: tuple[str, ...], wanted: Wanted, stack: ExitStack) -> Server:
     limits = Limits(
         handshake_timeout=wanted.handshake_limit, idle_timeout=wanted.idle_timeout,
         max_request=parse_size(wanted.max_request, "--max-request"), most_requests=wanted.max_in_flight,
-        most_bytes=parse_size(wanted.max_in_flight_bytes, "--max-in-flight-bytes"))
+        most_bytes=parse_size(wanted.max_in_flight_bytes, "--max-in-flight-bytes"), poll_max_ns=wanted.poll_max_ns)
     tls = None if wanted.tls_creds is None else credentials(wanted.tls_creds, wanted.objects, endpoint="server")
     given = Given(
         format_name=wanted.format_name, image_opts=wanted.image_opts, objects=secrets(wanted.objects),

@@ -53,6 +53,7 @@ class Wanted:
     max_request: str
     max_in_flight: int
     max_in_flight_bytes: str
+    poll_max_ns: int
     metrics: str | None
     capture: str | None
     fork: bool

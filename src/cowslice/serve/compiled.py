@@ -50,7 +50,7 @@ class CompiledTransmission:
         self._loop = Loop(
             stream.fileno(), fast, mode=session.mode, size=session.size, max_request=session.block_sizes.maximum,
             most_requests=limits.most_requests, most_bytes=limits.most_bytes, idle=limits.idle_timeout,
-            handover=self._take)
+            poll_max_ns=limits.poll_max_ns, handover=self._take)
 
     def run(self, leftover: bytes) -> None:
         """Serve until the client leaves, is idle for too long or breaks the protocol; `leftover` came already.

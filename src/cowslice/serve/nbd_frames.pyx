@@ -26,6 +26,18 @@ cdef enum:
     LEAST_ROOM = 1 << 20        # of an arena
 
 
+def numbers():
+    """The numbers above and in the declarations, by the names of `cowslice.nbd.wire`: what is written twice can be compared."""
+    return {
+        "REQUEST_MAGIC": REQUEST, "EXTENDED_REQUEST_MAGIC": EXTENDED_REQUEST, "SIMPLE_REPLY_MAGIC": SIMPLE_REPLY,
+        "STRUCTURED_REPLY_MAGIC": STRUCTURED_REPLY, "EXTENDED_REPLY_MAGIC": EXTENDED_REPLY,
+        "Mode.SIMPLE": SIMPLE, "Mode.STRUCTURED": STRUCTURED, "Mode.EXTENDED": EXTENDED,
+        "Command.READ": READ, "Command.WRITE": WRITE, "Command.DISC": DISC,
+        "CommandFlag.FUA": FUA, "CommandFlag.DF": DONT_FRAGMENT, "CommandFlag.PAYLOAD_LEN": PAYLOAD_LEN,
+        "REPLY_DONE": REPLY_DONE, "Chunk.NONE": NONE, "Chunk.OFFSET_DATA": OFFSET_DATA, "Chunk.OFFSET_HOLE": OFFSET_HOLE,
+    }
+
+
 cdef inline uint16_t get16(const uint8_t *p) noexcept nogil:
     return bswap16((<const uint16_t *> p)[0])
 

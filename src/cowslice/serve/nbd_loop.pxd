@@ -7,6 +7,7 @@ from cowslice.image.translation cimport Target
 from cowslice.serve.nbd_answering cimport Answering
 from cowslice.serve.nbd_frames cimport Arena, Ask
 from cowslice.serve.nbd_tally cimport Tally
+from cowslice.serve.nbd_waiting cimport Vigil
 
 cdef enum:
     BATCH = 64              # requests answered by one send
@@ -23,6 +24,7 @@ cdef class Loop(Answering):
     cdef uint64_t most_bytes
     cdef uint32_t most_requests
     cdef int idle_ms
+    cdef Vigil vigil
     cdef uint64_t home          # the thread that runs the loop; 0 before and after
     cdef bint stopping
     cdef bint broken            # nothing can be sent any more
@@ -55,7 +57,9 @@ cdef class Loop(Answering):
     cdef int take_one(self, Ask *ask, uint64_t *size) noexcept nogil
     cdef bint plain(self, const Ask *ask) noexcept nogil
     cdef bint answer_batch(self, Ask *asks, uint32_t count) noexcept nogil
-    cdef bint answer_inside(self, const Ask *ask, Target *target) noexcept nogil
+    cdef uint32_t fitting(self, const Ask *asks, uint32_t count) noexcept nogil
+    cdef void answer_inside(self, const Ask *asks, uint32_t count, Target *targets, bint *answered) noexcept nogil
+    cdef bint answer_later(self, const Ask *ask, Target *target) noexcept nogil
     cdef bint write_here(self, const Ask *ask, const uint8_t *payload) noexcept nogil
     cdef bint send_all(self, const uint8_t *data, uint64_t size) noexcept nogil
     cdef bint flush(self) noexcept nogil

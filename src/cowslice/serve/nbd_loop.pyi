@@ -19,6 +19,7 @@ class Loop(Answering):
         most_requests: int = ...,
         most_bytes: int = ...,
         idle: float = ...,
+        poll_max_ns: int = ...,
         handover: Callable[[int, int, int, int, int, bytes], object],
     ) -> None: ...
     def run(self, leftover: bytes = b"") -> str: ...

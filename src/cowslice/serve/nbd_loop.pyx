@@ -25,6 +25,7 @@ from cowslice.serve.nbd_answering cimport Answering
 from cowslice.serve.nbd_frames cimport (
     DISC, DONT_FRAGMENT, EXTENDED, FUA, PAYLOAD_LEN, READ, SIMPLE, WRITE, Arena, Ask, decode_request, put_done, reserve)
 from cowslice.serve.nbd_tally cimport Tally, count_reads, count_write, describe
+from cowslice.serve.nbd_waiting cimport await_bytes
 
 import os
 import socket
@@ -41,7 +42,6 @@ cdef extern from "<sys/socket.h>" nogil:
     int MSG_NOSIGNAL
     int SHUT_RD
     int SHUT_RDWR
-    ssize_t recv(int fd, void *buffer, size_t size, int flags)
     ssize_t send(int fd, const void *buffer, size_t size, int flags)
     int shutdown(int fd, int how)
 
@@ -67,13 +67,14 @@ cdef class Loop(Answering):
     """One connection after its handshake.
 
     `descriptor` is the connected socket, which stays the caller's; `fast` the disk; `mode` 0, 1 or 2 for simple, structured or
-    extended replies; `size`, `max_request` and `most_bytes` are bytes, `idle` seconds without a request, 0 for ever.
+    extended replies; `size`, `max_request` and `most_bytes` are bytes, `idle` seconds without a request, 0 for ever;
+    `poll_max_ns` is how long it may wait awake for a client that asks one thing after another.
     `handover(command, flags, cookie, offset, length, payload)` is called, with the GIL, in some thread of this connection for
     every request that is no plain read; each is ended by exactly one `finish(length)`, and answered through `reply`.
     """
 
     def __cinit__(self, int descriptor, FastPath fast not None, *, int mode, uint64_t size, uint64_t max_request=32 << 20,
-                  uint32_t most_requests=64, uint64_t most_bytes=64 << 20, double idle=0.0, handover):
+                  uint32_t most_requests=64, uint64_t most_bytes=64 << 20, double idle=0.0, uint64_t poll_max_ns=0, handover):
         pthread_mutex_init(&self.sending, NULL)
         pthread_mutex_init(&self.lock, NULL)
         pthread_cond_init(&self.settled, NULL)
@@ -88,6 +89,8 @@ cdef class Loop(Answering):
         self.handover = handover
         self.threads = []
         self.idle_ms = <int> (idle * 1000)
+        self.vigil.longest = poll_max_ns
+        self.vigil.spare = cores() - 1
         self.most_workers = cores() if fast.in_memory else max(cores(), MOST_WAITING)
 
     def __dealloc__(self):
@@ -207,7 +210,7 @@ cdef class Loop(Answering):
         elif self.room - self.start - self.have < 4096 and not self.make_space(self.room):
             return NO_MEMORY
         while True:
-            got = recv(self.fd, self.incoming + self.start + self.have, self.room - self.start - self.have, 0)
+            got = await_bytes(&self.vigil, self.fd, self.incoming + self.start + self.have, self.room - self.start - self.have)
             if got > 0:
                 self.have += got
                 return GOES_ON
@@ -223,6 +226,7 @@ cdef class Loop(Answering):
         cdef uint32_t count = 0
         cdef uint64_t size = 0, head = 32 if self.mode == EXTENDED else 28
         cdef uint64_t arrived = now_ns()
+        cdef uint32_t taken = 0
         cdef int end
         while True:
             ask = &asks[count]
@@ -238,6 +242,7 @@ cdef class Loop(Answering):
                 end = FAULT
             self.start += size
             self.have -= size
+            taken += 1
             if end != GOES_ON:
                 break
             if count == BATCH:
@@ -246,6 +251,8 @@ cdef class Loop(Answering):
                 count = 0
         if count and not self.answer_batch(asks, count):
             return BROKEN
+        if taken > 1:
+            self.vigil.trust = 0  # with many requests under way nobody waits for us to wake up
         return end
 
     cdef int take_one(self, Ask *ask, uint64_t *size) noexcept nogil:
@@ -279,35 +286,53 @@ cdef class Loop(Answering):
     cdef bint answer_batch(self, Ask *asks, uint32_t count) noexcept nogil:
         """Translate what is resident under one lock, then read. False: the connection is broken."""
         cdef Target targets[BATCH]
-        cdef uint32_t i
-        if not self.fast.writable:
-            self.locate_batch(asks, count, targets)
-        for i in range(count):
-            if self.out.used and self.out.used + asks[i].length + 64 > ARENA and not self.flush():
-                return False
-            if self.answer_inside(&asks[i], &targets[i]) if self.fast.writable else self.answer(&asks[i], &targets[i], &self.out):
-                record(self.fast.recorder, ASKED_READ, asks[i].offset, asks[i].length)
-                continue
-            if not self.fast.in_memory or self.inflates(&asks[i], &targets[i]):
-                if not self.enqueue(&asks[i]):
+        cdef bint answered[BATCH]
+        cdef uint32_t first = 0, stop, i
+        while first < count:
+            stop = first + self.fitting(asks + first, count - first)
+            if stop == first:
+                if not self.flush():
                     return False
-            elif self.answer_slowly(&asks[i], &self.out):
-                record(self.fast.recorder, ASKED_READ, asks[i].offset, asks[i].length)
-            elif not self.pass_on(&asks[i], NULL, 0):
-                return False
+                stop = first + max(self.fitting(asks + first, count - first), <uint32_t> 1)
+            self.answer_inside(asks + first, stop - first, targets, answered)
+            for i in range(first, stop):
+                if answered[i - first]:
+                    record(self.fast.recorder, ASKED_READ, asks[i].offset, asks[i].length)
+                elif not self.answer_later(&asks[i], &targets[i - first]):
+                    return False
+            first = stop
         pthread_mutex_lock(&self.lock)
         count_reads(&self.tally, self.size, asks, count, now_ns())
         pthread_mutex_unlock(&self.lock)
         return True
 
-    cdef bint answer_inside(self, const Ask *ask, Target *target) noexcept nogil:
-        """Translate and read one request of a disk that changes, inside the passage but never across a send."""
+    cdef uint32_t fitting(self, const Ask *asks, uint32_t count) noexcept nogil:
+        """How many of the next replies the arena takes before it must be sent."""
+        cdef uint64_t used = self.out.used
+        cdef uint32_t i
+        for i in range(count):
+            used += asks[i].length + 64
+            if used > ARENA:
+                return i
+        return count
+
+    cdef void answer_inside(self, const Ask *asks, uint32_t count, Target *targets, bint *answered) noexcept nogil:
+        """Answer what can be at once, inside the passage of a disk that changes, but never across a send."""
         cdef int64_t ticket = self.fast.enter()
-        cdef bint answered
-        self.locate_batch(ask, 1, target)
-        answered = self.answer(ask, target, &self.out)
+        cdef uint32_t i
+        self.locate_batch(asks, count, targets)
+        for i in range(count):
+            answered[i] = self.answer(&asks[i], &targets[i], &self.out)
         self.fast.leave(ticket)
-        return answered
+
+    cdef bint answer_later(self, const Ask *ask, Target *target) noexcept nogil:
+        """A read that could not be answered at once: by a worker, slowly, or by Python. False: the connection is broken."""
+        if not self.fast.in_memory or self.inflates(ask, target):
+            return self.enqueue(ask)
+        if self.answer_slowly(ask, &self.out):
+            record(self.fast.recorder, ASKED_READ, ask.offset, ask.length)
+            return True
+        return self.pass_on(ask, NULL, 0)
 
     cdef bint write_here(self, const Ask *ask, const uint8_t *payload) noexcept nogil:
         """Overwrite in place what is the disk's alone. False, and no answer, for all that Python must see."""

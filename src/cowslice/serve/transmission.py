@@ -34,7 +34,8 @@ class Limits:
 
     `handshake_timeout` bounds the whole negotiation; `idle_timeout` how long a client may ask nothing, and how long it
     may take nothing of what it asked. `max_request` is the longest read. `most_requests` and `most_bytes` may be under
-    way at once, by up to `workers` threads; a client that asks for more waits. Raises BadOption.
+    way at once, by up to `workers` threads; a client that asks for more waits. For a client that asks one thing after
+    another a connection may wait awake, up to `poll_max_ns` nanoseconds each time. Raises BadOption.
     """
 
     handshake_timeout: float = 10.0
@@ -43,6 +44,7 @@ class Limits:
     most_requests: int = 128
     most_bytes: int = 2 * MAX_PAYLOAD
     workers: int = 8
+    poll_max_ns: int = 100_000
 
     def __post_init__(self) -> None:
         for name in ("handshake_timeout", "idle_timeout"):
@@ -51,6 +53,8 @@ class Limits:
                 raise BadOption(f"{name} is {value}, expected 0 to {1 << 30} seconds")
         if not 4 * KiB <= self.max_request <= 1 << 30:
             raise BadOption(f"max_request is {self.max_request}, expected 4 KiB to 1 GiB")
+        if not 0 <= self.poll_max_ns <= 1_000_000_000:
+            raise BadOption(f"poll_max_ns is {self.poll_max_ns}, expected 0 to 1000000000 nanoseconds")
         for name in ("most_requests", "most_bytes", "workers"):
             if getattr(self, name) < 1:
                 raise BadOption(f"{name} is {getattr(self, name)}, expected at least 1")
