@@ -88,7 +88,8 @@ def text_files() -> list[Path]:
     suffixes = {".py", ".pyi", ".pyx", ".pxd", ".md", ".toml", ".build", ".json", ".txt", ".cfg", ""}
     folders = [ROOT / name for name in ("src", "tests", "docs", "bench", "scripts", ".ci")]
     below = [path for folder in folders for path in folder.rglob("*")] + list(ROOT.iterdir())
-    kept = [path for path in below if path.is_file() and path.suffix in suffixes and not path.name.startswith(".cov")]
+    ours = [path for path in below if path.is_file() and path.name != ".git"]  # a file in a linked worktree
+    kept = [path for path in ours if path.suffix in suffixes and not path.name.startswith(".cov")]
     return sorted(path for path in kept if "__pycache__" not in path.parts)
 
 
