@@ -70,6 +70,6 @@ def test_targets_that_cannot_take_the_copy_are_refused(tmp_path: Path) -> None:
     assert small.status == 1
     assert f"has {MiB - 512} bytes" in small.err
     assert cowslice("convert", "-n", "-f", "raw", "-O", "qcow2", source, tmp_path / "missing").status == 1
-    assert cowslice("convert", "-n", "-c", "-f", "raw", "-O", "qcow2", source, target).status == 64
+    assert cowslice("convert", "-n", "-o", "compat=1.1", "-f", "raw", "-O", "qcow2", source, target).status == 64
     assert cowslice("convert", "-n", "-f", "qcow2", "-O", "qcow2", target, target).status == 64
     assert target.read_bytes() == before

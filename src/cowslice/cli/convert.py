@@ -12,8 +12,8 @@ import click
 
 from cowslice.cli import exitcodes
 from cowslice.cli.creating import asks_for_keys, check_format, create_options, join, parse_keys, say_keys
-from cowslice.cli.images import describe, explained, open_image
-from cowslice.cli.options import CACHE_MODES, Given, chain, common, image_format, snapshot_name
+from cowslice.cli.images import open_image
+from cowslice.cli.options import CACHE_MODES, Given, chain, common, image_format, name_image, snapshot_name
 from cowslice.cli.output import warn
 from cowslice.cli.termination import Terminated, ending_on_sigterm
 from cowslice.errors import BadOption
@@ -30,6 +30,8 @@ Examples:
   cowslice convert -c -O qcow2 -o compression_type=zstd disk.raw small.qcow2
   cowslice convert disk.qcow2 - | zstd > disk.raw.zst
   cowslice convert -n disk.qcow2 /dev/vg0/disk        (into what is there already)
+  cowslice convert -n --target-image-opts disk.raw driver=qcow2,file.filename=there.qcow2
+  cowslice convert -r 100M disk.qcow2 /dev/vg0/disk   (at most 100 MiB in a second)
   cowslice convert part1.qcow2 part2.qcow2 whole.raw  (one behind the other)
 
 \b
@@ -48,10 +50,18 @@ class Wish:
     replace_data_file: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class There:
+    """What was said about a target that exists."""
+
+    image_opts: bool
+    is_zero: bool
+    compress: bool
+
+
 @click.command("convert", epilog=EPILOG)
 @image_format
-@click.option("-O", "target_format", metavar="FORMAT", default="raw", show_default=True,
-              help="Format of the target: raw or qcow2.")
+@click.option("-O", "target_format", metavar="FORMAT", help="Format of the target: raw (the default) or qcow2.")
 @click.option("-o", "texts", multiple=True, metavar="KEY=VALUE,...", help="Options of a qcow2 target; 'help' lists "
               "them.")
 @click.option("-B", "backing", metavar="FILE", help="Backing file of a qcow2 target: what SOURCE leaves to its own "
@@ -59,14 +69,18 @@ class Wish:
 @click.option("-F", "backing_format", metavar="FORMAT", help="Format of that backing file.")
 @click.option("-c", "compress", is_flag=True, help="Compress each cluster of a qcow2 target.")
 @click.option("--replace-data-file", is_flag=True, help="Empty a data file of the target that is there already.")
-@click.option("-S", "sparse", metavar="SIZE", default="4k", show_default=True,
-              help="Zeros of at least this size become a hole; 0 writes everything.")
+@click.option("-S", "sparse", metavar="SIZE",
+              help="Zeros of at least this size become a hole; 0 writes everything.  [default: 4k]")
+@click.option("-C", "offload", is_flag=True, help="Let the system copy into a raw target what lies plainly in files; "
+              "only zeros that the maps know become holes.")
+@click.option("-r", "rate", metavar="RATE", default="0", help="Copy at most this many bytes in a second; 0 for any.")
 @click.option("-m", "workers", type=click.IntRange(0, 16), default=0, metavar="NUMBER",
               help="Requests under way at once, 1 to 16. Default: one for each processor.")
 @click.option("-p", "progress", is_flag=True, help="Show progress.")
 @click.option("-l", "snapshot", metavar="SNAPSHOT", help="Copy this internal snapshot: its id or name, or "
               "snapshot.id=ID, or snapshot.name=NAME.")
 @click.option("-n", "existing", is_flag=True, help="Write into a target that exists, and do not make one.")
+@click.option("--target-image-opts", is_flag=True, help="With -n: TARGET is 'driver=qcow2,file.filename=PATH,...'.")
 @click.option("--target-is-zero", is_flag=True, help="With -n: the target reads as zeros, so zeros need no writing.")
 @click.option("--salvage", is_flag=True, help="Sectors that cannot be read become zeros.")
 @click.option("-t", "target_cache", type=click.Choice(CACHE_MODES), default="unsafe", show_default=True,
@@ -79,22 +93,32 @@ class Wish:
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.argument("target")
 def command(
-    sources: tuple[str, ...], target: str, format_name: str | None, target_format: str, texts: tuple[str, ...],
-    backing: str | None, backing_format: str | None, compress: bool, replace_data_file: bool, sparse: str, workers: int,
-    progress: bool, snapshot: str | None, existing: bool, target_is_zero: bool, salvage: bool, target_cache: str,
-    source_cache: str, out_of_order: bool, image_opts: bool, objects: tuple[str, ...], force_share: bool, quiet: bool,
+    sources: tuple[str, ...], target: str, format_name: str | None, target_format: str | None, texts: tuple[str, ...],
+    backing: str | None, backing_format: str | None, compress: bool, replace_data_file: bool, sparse: str | None,
+    offload: bool, rate: str, workers: int, progress: bool, snapshot: str | None, existing: bool,
+    target_image_opts: bool, target_is_zero: bool, salvage: bool, target_cache: str, source_cache: str,
+    out_of_order: bool, image_opts: bool, objects: tuple[str, ...], force_share: bool, quiet: bool,
     allowed: tuple[str, ...], allow_any: bool,
 ) -> int | None:
     """Copy the disks SOURCE, one behind another, into TARGET; a raw one may be '-', standard output."""
     from cowslice.ops.convert import ConvertOptions
 
+    if target_image_opts and (target_format or not existing):
+        raise BadOption("--target-image-opts describes an image that exists, format and all, expected -n and no -O")
+    target_format = target_format or "raw"
     check_format(target_format, "-O")
+    if offload:
+        _refuse_offload(compress=compress, sparse=sparse, salvage=salvage)
+        if target_image_opts or target_format == "qcow2":
+            raise BadOption("-C copies into raw files and devices, expected no qcow2 target beside it")
     if asks_for_keys(texts):
         say_keys(target_format)
         return None
     wish = Wish(texts, backing, backing_format, compress, replace_data_file)
-    _refuse(target_format, wish, sources, target, snapshot=snapshot, existing=existing, target_is_zero=target_is_zero)
-    options = ConvertOptions(workers=workers, sparse=parse_size(sparse, "-S"), salvage=salvage)
+    _refuse("qcow2" if target_image_opts else target_format, wish, sources, target, snapshot=snapshot,
+            existing=existing, target_is_zero=target_is_zero)
+    options = ConvertOptions(workers=workers, sparse=parse_size(sparse or "4k", "-S"), salvage=salvage,
+                             rate=parse_size(rate, "-r"), offload=offload)
     given = Given(format_name=format_name, image_opts=image_opts, objects=objects, force_share=force_share,
                   allowed=allowed, allow_any=allow_any, direct=source_cache in ("none", "directsync"))
     _share_one_arena()
@@ -104,8 +128,9 @@ def command(
             disks = [stack.enter_context(open_image(source, given, warmup="off", decompressed_cache_size=0,
                                                     snapshot=snapshot_name(snapshot)))
                      for source in sources]
-            if target_format == "qcow2" and existing:
-                _convert_into(disks, target, options, given, is_zero=target_is_zero, progress=progress and not quiet)
+            if target_image_opts or (target_format == "qcow2" and existing):
+                there = There(target_image_opts, target_is_zero, compress)
+                _convert_into(disks, target, options, given, there, progress=progress and not quiet)
                 return None
             if target_format == "qcow2":
                 copy_to_qcow2(disks, target, options, wish, given, sync=target_cache != "unsafe",
@@ -160,31 +185,39 @@ def _refuse(
 
 
 def _refuse_qcow2(wish: Wish, sources: tuple[str, ...], target: str, *, existing: bool) -> None:
-    if existing and wish != Wish():
-        raise BadOption("-n takes an image as it is, expected no -o, -B, -F, -c or --replace-data-file beside it")
+    if existing and wish != Wish(compress=wish.compress):
+        raise BadOption("-n takes an image as it is, expected no -o, -B, -F or --replace-data-file beside it")
     if target == "-":
         raise BadOption("a qcow2 image is not written front to back, expected a file, not standard output")
     if len(sources) > 1 and wish.backing is not None:
         raise BadOption("-B names a backing file of one disk, but there are several sources")
 
 
+def _refuse_offload(*, compress: bool, sparse: str | None, salvage: bool) -> None:
+    for flag, given in (("-c", compress), ("-S", sparse is not None), ("--salvage", salvage)):
+        if given:
+            raise BadOption(f"-C and {flag} exclude each other: what the system copies is not looked at")
+
+
 def _convert_into(
-    disks: list[Image], target: str, options: ConvertOptions, given: Given, *, is_zero: bool, progress: bool
+    disks: list[Image], target: str, options: ConvertOptions, given: Given, there: There, *, progress: bool
 ) -> None:
-    """Write over a qcow2 image that is there; its backing and data files pass the gate as those of a source do."""
+    """Write over an image that is there; its backing and data files pass the gate as those of a source do."""
     from cowslice.cli.progress import maybe_shown
-    from cowslice.image.image import Image
+    from cowslice.ops.compressedinto import convert_compressed_into
     from cowslice.ops.convert import convert
     from cowslice.ops.imagetarget import ImageTarget
     from cowslice.ops.rawtarget import refuse_sources
 
-    refuse_sources(target, descriptors(disks))
-    name, how = describe(target, Given(format_name="qcow2", allowed=given.allowed, allow_any=given.allow_any),
-                         writable=True, warmup="off")
-    with explained(), Image(name, how) as image:
-        wanted = ImageTarget(image, sum(disk.size for disk in disks), is_zero=is_zero)
-        with maybe_shown("converting", progress) as advance:
-            convert(disks, wanted, options, progress=advance, warn=warn)
+    how = Given(format_name=None if there.image_opts else "qcow2", image_opts=there.image_opts, objects=given.objects,
+                allowed=given.allowed, allow_any=given.allow_any)
+    refuse_sources(name_image(target, how).name, descriptors(disks))
+    with open_image(target, how, writable=True, warmup="off") as image, maybe_shown("converting", progress) as advance:
+        if there.compress:
+            convert_compressed_into(disks, image, options, target_is_zero=there.is_zero, progress=advance)
+            return
+        wanted = ImageTarget(image, sum(disk.size for disk in disks), is_zero=there.is_zero)
+        convert(disks, wanted, options, progress=advance, warn=warn)
 
 
 def copy_to_qcow2(

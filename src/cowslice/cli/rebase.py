@@ -13,6 +13,7 @@ EPILOG = """\b
 Examples:
   cowslice rebase -b other.qcow2 -F qcow2 disk.qcow2  (the disk reads as before)
   cowslice rebase -b "" disk.qcow2                    (needs no backing file any more)
+  cowslice rebase -c -b "" disk.qcow2                 (what is copied is compressed)
   cowslice rebase -u -b moved/base.raw -F raw disk.qcow2
 
 \b
@@ -25,6 +26,7 @@ Exit status: 0 done, 1 failed, 64 usage, 130 interrupted."""
 @click.option("-b", "backing", metavar="BASE", help="The new backing file, '' for none.")
 @click.option("-F", "backing_format", metavar="FORMAT", help="Its format: qcow2 or raw.")
 @click.option("-u", "unsafe", is_flag=True, help="Change the header only: for a file that was moved or converted.")
+@click.option("-c", "compress", is_flag=True, help="Compress whole clusters that are copied into FILE.")
 @click.option("-p", "progress", is_flag=True, help="Show progress.")
 @click.option("-t", "cache", type=click.Choice(CACHE_MODES), default="writeback",
               help="'none' reads and writes around the page cache.")
@@ -34,9 +36,9 @@ Exit status: 0 done, 1 failed, 64 usage, 130 interrupted."""
 @chain
 @click.argument("file")
 def command(
-    file: str, format_name: str | None, backing: str | None, backing_format: str | None, unsafe: bool, progress: bool,
-    cache: str, source_cache: str, image_opts: bool, objects: tuple[str, ...], quiet: bool, allowed: tuple[str, ...],
-    allow_any: bool,
+    file: str, format_name: str | None, backing: str | None, backing_format: str | None, unsafe: bool, compress: bool,
+    progress: bool, cache: str, source_cache: str, image_opts: bool, objects: tuple[str, ...], quiet: bool,
+    allowed: tuple[str, ...], allow_any: bool,
 ) -> int | None:
     """Give FILE another backing file, and copy into it what the two show differently."""
     from cowslice.cli.progress import maybe_shown
@@ -44,13 +46,15 @@ def command(
 
     if backing is None and not unsafe:
         raise click.UsageError("Missing option '-b': the new backing file, or '' for none")
+    if unsafe and compress:
+        raise click.UsageError("-c compresses what is copied, but -u copies nothing: give one of them")
     wanted = Backing(backing or "", backing_format or None)
     given = Given(format_name=format_name, image_opts=image_opts, objects=objects, allowed=allowed,
                   allow_any=allow_any, direct=cache in ("none", "directsync"))
     try:
         with ending_on_sigterm(), explained(), maybe_shown("rebasing", progress and not quiet) as advance:
             name, options = describe(file, given)
-            rebase(name, options, wanted, unsafe=unsafe, progress=advance)
+            rebase(name, options, wanted, unsafe=unsafe, compress=compress, progress=advance)
     except Terminated:
         return exitcodes.TERMINATED
     return None

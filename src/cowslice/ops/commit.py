@@ -19,6 +19,7 @@ from cowslice.image.mapping import resolve
 from cowslice.image.options import NAMED, OpenOptions
 from cowslice.image.reading import read_into
 from cowslice.ops.apart import Below, View, below, open_apart, open_whole, rooted, same_file
+from cowslice.ops.pace import Pace
 from cowslice.units import SECTOR, MiB, round_up
 
 CHUNK = 1 * MiB
@@ -29,21 +30,21 @@ Progress = Callable[[int, int], None]
 Span = tuple[int, int, str]
 
 
-def commit(path: str, options: OpenOptions, *, base: str | None = None, keep: bool = False,
+def commit(path: str, options: OpenOptions, *, base: str | None = None, keep: bool = False, rate: int = 0,
            progress: Progress | None = None) -> None:
     """Commit the image at `path` into its backing file, or into `base`, a file further down its chain.
 
-    The image is emptied, unless `keep` or a `base` is given. A base that is shorter grows. `progress(done, total)`
-    counts bytes. Raises UnsupportedImage without such a base, ReferenceRefused, and the errors of opening, reading and
-    writing.
+    The image is emptied, unless `keep` or a `base` is given. A base that is shorter grows. `rate`: bytes copied in a
+    second, 0 for any. `progress(done, total)` counts bytes. Raises UnsupportedImage without such a base,
+    ReferenceRefused, and the errors of opening, reading and writing.
     """
-    keep = keep or base is not None
+    keep, pace = keep or base is not None, Pace(rate)
     with ExitStack() as stack:
         top = stack.enter_context(open_apart(path, options, View(), writable=not keep))
         options = rooted(options, path)
         above, found = _above(stack, top, options, base)
         with _open_base(found, options, top.size) as target:
-            _copy([image.layers[0] for image in above], target, progress)
+            _copy([image.layers[0] for image in above], target, pace, progress)
         if not keep:
             top.vacate()
             top.flush()
@@ -90,13 +91,14 @@ def _open_base(found: Below, options: OpenOptions, size: int) -> Image:
     return base
 
 
-def _copy(layers: Sequence[Layer], base: Image, progress: Progress | None) -> None:
+def _copy(layers: Sequence[Layer], base: Image, pace: Pace, progress: Progress | None) -> None:
     """Bring the base up to date, stably."""
     size, buffer = layers[0].size, memoryview(bytearray(CHUNK))
     for start, length, content in _merged(_spans(layers)):
         if content == "zero":
             base.zero(start, length)
         elif content == "data":
+            pace.spend(length)
             read_into(layers, start, buffer[:length])
             base.write(start, buffer[:length])
         if progress is not None:

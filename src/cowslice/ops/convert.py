@@ -16,6 +16,8 @@ from cowslice.image.compressed import cores
 from cowslice.image.image import Image
 from cowslice.image.layer import fill_zeros
 from cowslice.ops.bytescan import data_runs
+from cowslice.ops.offload import Offload
+from cowslice.ops.pace import Pace, paced
 from cowslice.ops.pump import Pump
 from cowslice.ops.sources import zeros_at
 from cowslice.units import SECTOR, MiB
@@ -42,21 +44,31 @@ class Target(Protocol):
     def zero(self, offset: int, length: int) -> None:
         """Make the span read as zeros."""
 
+    def fileno(self) -> int:
+        """A descriptor that holds the same bytes at the same offsets, -1 for none."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertOptions:
     """How to copy. `sparse`: bytes of zeros that become a hole, 0 for none. `salvage`: unreadable sectors become zeros.
 
-    `workers` 0 chooses: as many as there are processors for local files, 8 where each read has to travel.
+    `workers` 0 chooses: as many as there are processors for local files, 8 where each read has to travel. `rate`: bytes
+    of data in a second, 0 for any. `offload`: the system copies what lies plainly in files; zeros there stay data.
     """
 
     workers: int = 0
     sparse: int = SPARSE
     salvage: bool = False
+    rate: int = 0
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.workers <= MAX_WORKERS:
             raise BadOption(f"the number of workers is {self.workers}, expected 0 to {MAX_WORKERS}")
+        if self.rate < 0:
+            raise BadOption(f"the rate is {self.rate} bytes in a second, expected 0 or more")
+        if self.offload and self.salvage:
+            raise BadOption("copy offload and salvage exclude each other: what cannot be read is found only by reading")
         if self.sparse % SECTOR or not 0 <= self.sparse <= MAX_SPARSE:
             raise BadOption(f"sparse size is {self.sparse}, expected 0 or a multiple of {SECTOR} up to {MAX_SPARSE}")
 
@@ -83,9 +95,11 @@ def convert(
     options = options or ConvertOptions()
     total = sum(image.size for image in sources)
     count = Count(total, progress)
-    pump: Pump[_Chunk] = Pump(
-        _chunks(sources, count), lambda: _Copier(target, options, pump, count, warn), workers_for(sources, options)
-    )
+    chunks = paced(_chunks(sources, count), Pace(options.rate), lambda chunk: 0 if chunk.zero else chunk.length,
+                   lambda: pump.stopped)
+    make = (lambda: _Offloader(target, count)) if options.offload and not target.ordered else (
+        lambda: _Copier(target, options, pump, count, warn))
+    pump: Pump[_Chunk] = Pump(chunks, make, workers_for(sources, options))
     count.add(0)
     pump.run()
 
@@ -198,6 +212,23 @@ class _Copier:
         if lost and self._warn:
             self._warn(f"{lost} bytes between {chunk.start} and {chunk.start + chunk.length} of '{chunk.image.path}' "
                        "cannot be read and became zeros")
+
+
+class _Offloader:
+    """One worker that lets the system copy."""
+
+    def __init__(self, target: Target, count: Count) -> None:
+        self._target = target
+        self._count = count
+        self._offload = Offload(target.fileno(), target.write)
+
+    def __call__(self, number: int, chunk: _Chunk) -> None:
+        at = chunk.base + chunk.start
+        if chunk.zero:
+            self._target.zero(at, chunk.length)
+        else:
+            self._offload.copy(chunk.image, chunk.start, chunk.length, at)
+        self._count.add(chunk.length)
 
 
 _ZEROS = memoryview(bytes(CHUNK))

@@ -33,3 +33,7 @@ class ImageTarget:
     def zero(self, offset: int, length: int) -> None:
         if not self._is_zero:
             self._image.zero(offset, length)
+
+    def fileno(self) -> int:
+        """-1: the bytes of an image stand elsewhere in its file."""
+        return -1

@@ -14,6 +14,7 @@ from cowslice.image.image import Image
 from cowslice.image.layer import fill_zeros
 from cowslice.image.newimage import NewImage
 from cowslice.ops.convert import CHUNK, ConvertOptions, Count, Progress, Warn, workers_for
+from cowslice.ops.pace import Pace, paced
 from cowslice.ops.pump import Pump
 from cowslice.ops.qcow2target import Qcow2Target
 from cowslice.ops.sources import Chunk, Content, Sources
@@ -44,7 +45,8 @@ def convert_to_qcow2(
     writer = Qcow2Target(target, sparse=options.sparse, compress=compress, backing_size=backing_size,
                          preallocation=made.effective_preallocation)
     count = Count(sources.size, progress)
-    chunks = sources.chunks(most=max(CHUNK, unit), unit=unit)
+    chunks = paced(sources.chunks(most=max(CHUNK, unit), unit=unit), Pace(options.rate),
+                   lambda chunk: chunk.length if chunk.content is Content.DATA else 0, lambda: pump.stopped)
     pump: Pump[Chunk] = Pump(
         chunks, lambda: _Worker(sources, writer, unit, options, pump, count, warn), workers_for(images, options))
     count.add(0)

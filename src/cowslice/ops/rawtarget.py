@@ -36,6 +36,9 @@ class NewFile(AppearingFile):
     def zero(self, offset: int, length: int) -> None:
         """Nothing to do: the file was made of one hole."""
 
+    def fileno(self) -> int:
+        return self.storage.fileno()
+
     def _prepare(self) -> None:
         super()._prepare()
         self.storage.truncate(self._size)
@@ -63,6 +66,9 @@ class ExistingFile:
     def zero(self, offset: int, length: int) -> None:
         if not self._is_zero:
             self._storage.zero(offset, length)
+
+    def fileno(self) -> int:
+        return self._storage.fileno()
 
     def __enter__(self) -> Self:
         return self
@@ -100,6 +106,10 @@ class Stream:
         while length:
             self.write(offset, _ZEROS[: min(length, len(_ZEROS))])
             length -= min(length, len(_ZEROS))
+
+    def fileno(self) -> int:
+        """-1: what goes into a pipe has no place there."""
+        return -1
 
     def __enter__(self) -> Self:
         return self

@@ -24,6 +24,7 @@ from cowslice.image.options import OpenOptions
 from cowslice.image.qcow2 import Qcow2Layer
 from cowslice.image.renaming import renamed, switch_backing_name
 from cowslice.ops.apart import View, below, open_apart, open_whole, rooted, same_file
+from cowslice.ops.compressedinto import compressible_unit
 from cowslice.units import MiB
 
 CHUNK = 2 * MiB  # the largest cluster: a chunk holds whole ones
@@ -59,10 +60,11 @@ class Backing:
         return resolve(Role.BACKING, self.name, self.format, image=image, root=root_of(image))
 
 
-def rebase(path: str, options: OpenOptions, backing: Backing, *, unsafe: bool = False,
+def rebase(path: str, options: OpenOptions, backing: Backing, *, unsafe: bool = False, compress: bool = False,
            progress: Progress | None = None) -> None:
     """Give the image at `path` another backing file. `unsafe`: change the header only, so the disk may read otherwise.
 
+    `compress`: whole clusters that are copied into the image are compressed where that makes them smaller.
     The new file is the caller's to name; what it names in turn passes the gate. `progress(done, total)` counts bytes.
     Raises ReferenceRefused for loops, UnsupportedImage, BadOption where the name does not fit, and the errors of
     opening, reading and writing.
@@ -77,10 +79,12 @@ def rebase(path: str, options: OpenOptions, backing: Backing, *, unsafe: bool = 
         if backing.name and layer.first.header.autoclear & Autoclear.RAW_EXTERNAL:
             raise UnsupportedImage(f"'{shown(path)}' has raw external data, expected no backing file: it could not be "
                                    "seen through a raw file", features=("backing file with raw external data",))
+        if compress:
+            compressible_unit(image)
         _renamed(layer.first, backing)  # fail before anything is copied
         if not unsafe:
             view.source = _open_old(stack, image, rooted(options, path))
-            _copy(image, view.source, new, progress)
+            _copy(image, view.source, new, compress=compress, progress=progress)
         image.flush()
         switch_backing_name(layer, _renamed(layer.first, backing))
 
@@ -119,28 +123,49 @@ def _renamed(first: FirstCluster, backing: Backing) -> FirstCluster:
     return renamed(first, extensions, os.fsencode(backing.name))
 
 
-def _copy(image: Image, old: Image | None, new: Image | None, progress: Progress | None) -> None:
+def _copy(image: Image, old: Image | None, new: Image | None, *, compress: bool, progress: Progress | None) -> None:
     """Bring into the image what it leaves to its backing file and the new one shows otherwise."""
     offset, top = 0, image.layers[0]
     while offset < image.size:
         piece = top.piece_at(offset, min(image.size - offset, _LOOK_AHEAD))
         length = piece.length
         if piece.below:
-            length = _alike(old, new, offset, length)
+            most, unit = _step(image, offset, piece.length, compress=compress)
+            length = _alike(old, new, offset, most)
+            if compress and length < most:
+                length = length // unit * unit
             if not length:
-                length = min(piece.length, CHUNK - offset % CHUNK)
-                _copy_differences(image, offset, _shown(old, offset, length), _shown(new, offset, length))
+                length = min(most, CHUNK - offset % CHUNK)
+                shown_before, shown_now = _shown(old, offset, length), _shown(new, offset, length)
+                _copy_differences(image, offset, shown_before, shown_now, unit=unit, compress=compress)
         offset += length
         if progress is not None:
             progress(offset, image.size)
 
 
-def _copy_differences(image: Image, start: int, old: bytes, new: bytes) -> None:
-    """Write the old bytes of each (sub)cluster that differs, neighbours together, and zeros as zeros."""
+def _step(image: Image, offset: int, length: int, *, compress: bool) -> tuple[int, int]:
+    """How many bytes from here can be handled alike, and the unit that is copied whole.
+
+    That is a subcluster; to compress it is a cluster, where all of it is left to the backing file.
+    """
+    assert image.geometry is not None
+    size, unit = image.geometry.cluster_size, image.geometry.subcluster_size
+    if not compress:
+        return length, unit
+    if offset + length == image.size and not offset % size:
+        return length, size
+    if offset % size or length < size:
+        return min(length, size - offset % size), unit
+    return length // size * size, size
+
+
+def _copy_differences(image: Image, start: int, old: bytes, new: bytes, *, unit: int, compress: bool) -> None:
+    """Write the old bytes of each unit that differs, neighbours together, and zeros as zeros."""
     if old == new:
         return
     assert image.geometry is not None
-    unit, at = image.geometry.subcluster_size, 0
+    whole = compress and unit == image.geometry.cluster_size and not start % unit
+    write, at = image.write_compressed if whole else image.write, 0
     while at < len(old):
         kind, first = _kind(old, new, at, unit), at
         while at < len(old) and _kind(old, new, at, unit) == kind:
@@ -149,7 +174,7 @@ def _copy_differences(image: Image, start: int, old: bytes, new: bytes) -> None:
         if kind == "zero":
             image.zero(start + first, end - first)
         elif kind == "data":
-            image.write(start + first, old[first:end])
+            write(start + first, old[first:end])
 
 
 def _kind(old: bytes, new: bytes, at: int, unit: int) -> str:
