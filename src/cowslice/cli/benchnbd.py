@@ -123,7 +123,9 @@ def table_over_nbd(chosen: dict[str, Any], given: dict[str, Any], output: str, t
     for name, default in _ONLY_CALLS.items():
         if given[name] != default:
             raise BadOption(f"{name if name.startswith('-') else '--' + name} does not go with '--over nbd'")
-    kept = {name: given[name] for name in ("layout", "rounds", "directory")}
+    kept = {name: given[name] for name in ("rounds", "directory")}
+    if given["layout"]:
+        kept["layouts"] = (given["layout"],)
     table = measure_nbd_table(NbdTableOptions(**chosen, **kept), told)
     if output == "json":
         say_json(table.as_json())
@@ -132,21 +134,25 @@ def table_over_nbd(chosen: dict[str, Any], given: dict[str, Any], output: str, t
     return exitcodes.OK
 
 
+# "does nothing" answers without reading, and "at most" is how far that is ahead of qemu-nbd with the same client.
+_HEADS = ("", "qemu-nbd", "cowslice", "ratio", "does nothing", "at most", "raw file", "share")
+
+
 def _say_table(table: Any) -> None:
     o = table.options
     say(
-        f"{o['layout']} layout, {format_size(o['size'])} disk over NBD, median of {o['rounds']} alternating rounds of "
-        f"{o['seconds']:g} s"
+        f"{' and '.join(o['layouts'])} layout, {format_size(o['size'])} disk over NBD, "
+        f"median of {o['rounds']} alternating rounds of {o['seconds']:g} s"
     )
     say(f"{table.machine}; {table.peer or 'no qemu-nbd'}")
     for name in table.missing:
         warn(f"{name} is not installed or cannot do what is needed: its figures are left out")
     for one in table.measured:
         say()
-        covered = f", published {one.published:,}{', whole map' if one.covered else ''}" if one.published else ""
-        say(f"{one.what}{covered}{f', qemu-nbd --aio={one.aio}' if one.aio else ''}")
+        kind = f", {one.layout}, {_map(one.covered)}, published {one.published:,}" if one.published else ""
+        say(f"{one.what}{kind}{f', qemu-nbd --aio={one.aio}' if one.aio else ''}")
         rows = [_figure_row(figure) for figure in one.figures]
-        say_table(("", "qemu-nbd", "cowslice", "ratio", "raw file", "share"), rows, right="lrrrrr", indent=2)
+        say_table(_HEADS, rows, right="l" + "r" * (len(_HEADS) - 1), indent=2)
     _say_summary(table.summary)
     _say_losses(table)
 
@@ -157,10 +163,15 @@ def _say_summary(summary: Any) -> None:
     say()
     rows = []
     for one in summary:
-        name = f"{one.name}, {'whole' if one.covered else 'part of the'} map"
+        name = f"{one.name}, {one.layout}, {_map(one.covered)}"
         shares = _share(one.share_least), _share(one.share_median)
-        rows.append((name, _times(one.ratio_least), _times(one.ratio_median), *shares))
-    say_table(("over all cells", "ratio least", "median", "share least", "median"), rows, right="lrrrr")
+        rows.append((name, _times(one.ratio_least), _times(one.ratio_median), _times(one.bound_median), *shares))
+    heads = ("over all cells", "ratio least", "median", "at most", "share least", "median")
+    say_table(heads, rows, right="lrrrrr")
+
+
+def _map(covered: bool) -> str:
+    return "whole map" if covered else "part of the map"
 
 
 def _say_losses(table: Any) -> None:
@@ -184,7 +195,8 @@ def _figure_row(figure: Any) -> tuple[str, ...]:
         return f"{number:.2f} s" if figure.unit == "s" else f"{number:,.0f}"
 
     ratio, share = _times(figure.ratio), _share(figure.share)
-    return figure.name, value(figure.peer), value(figure.ours), ratio, value(figure.raw), share
+    bound = value(figure.ceiling), _times(figure.bound)
+    return figure.name, value(figure.peer), value(figure.ours), ratio, *bound, value(figure.raw), share
 
 
 def _times(ratio: float | None) -> str:

@@ -25,6 +25,7 @@ CLIENTS = 8
 _PATIENCE = 20.0  # seconds until a server must answer
 _END_PATIENCE = 10.0
 _OURS = (sys.executable, "-m", "cowslice.cli.main", "serve", "-q")
+_NOTHING = (sys.executable, "-m", "cowslice.ops.bench.nbdceiling")
 _QEMU = ("qemu-nbd",)
 _WORDS = ("-t", "-r", "-e", str(CLIENTS), "--cache", "writeback")
 
@@ -66,6 +67,13 @@ def our_server(words: Sequence[str]) -> Iterator[Served]:
 def peer_server(words: Sequence[str], aio: str) -> Iterator[Served]:
     """`qemu-nbd`, reading in the given way."""
     with _serving((*_QEMU, *_WORDS, "--aio", aio), words) as served:
+        yield served
+
+
+@contextmanager
+def ceiling_server(size: int) -> Iterator[Served]:
+    """A server that does nothing, with a disk of `size` bytes."""
+    with _serving(_NOTHING, (str(size),)) as served:
         yield served
 
 

@@ -14,16 +14,12 @@ from cowslice.cli.bench import table
 from cowslice.errors import BadOption, StorageError
 from cowslice.ops.bench import nbdclients, nbdtable
 from cowslice.ops.bench.cells import CELLS
+from cowslice.ops.bench.nbdbench import LoadOptions, run_load
 from cowslice.ops.bench.nbdcontent import write_compressed
-from cowslice.ops.bench.nbdserver import Served, our_server, raw_options
-from cowslice.ops.bench.nbdtable import (
-    Figure,
-    NbdMeasured,
-    NbdTable,
-    NbdTableOptions,
-    Summary,
-    measure_nbd_table,
-)
+from cowslice.ops.bench.nbdfigures import Figure, NbdMeasured, NbdTable, Summary, figures_of
+from cowslice.ops.bench.nbdserver import Served, ceiling_server, our_server, raw_options
+from cowslice.ops.bench.nbdtable import NbdTableOptions, measure_nbd_table
+from cowslice.ops.layout import Layout
 from cowslice.testing.peers import needs, qemu_img_json
 
 GIB = 1 << 30
@@ -45,16 +41,24 @@ def test_everything_is_measured_beside_qemu(one_cell: None, tmp_path: Path) -> N
     found = measure_nbd_table(
         NbdTableOptions(directory=str(tmp_path), **TINY), lambda done, of, what: told.append(f"{done}/{of} {what}")
     )
-    cell, plain, deflate = found.measured
+    cell, shuffled, plain, deflate = found.measured
     assert found.peer.startswith("qemu-nbd")
     assert found.missing == ()
     assert names(cell) == ["generator, depth 32", "CPU for a million", "fio, depth 32", "fio, depth 1"]
     assert names(plain) == ["nbdcopy, 256 KiB"]
     assert names(deflate) == ["generator, depth 32", "CPU for a million", "nbdcopy, 256 KiB"]
     assert all(one.aio in nbdtable.WAYS for one in found.measured)
+    assert (cell.layout, shuffled.layout) == ("sequential", "random")
+    assert names(shuffled) == names(cell)
     assert all(figure.ours >= 0 and figure.ratio and figure.share for figure in cell.figures)
+    assert [figure.bound is None for figure in cell.figures] == [False, True, False, False]
     assert cell.figures[0].ours > 0
-    assert told == ["0/3 64 KiB clusters, 4 KiB slices, 1 MiB cache", "1/3 a plain image", "2/3 a deflate image"]
+    assert told == [
+        "0/4 64 KiB clusters, 4 KiB slices, 1 MiB cache, sequential",
+        "1/4 64 KiB clusters, 4 KiB slices, 1 MiB cache, random",
+        "2/4 a plain image",
+        "3/4 a deflate image",
+    ]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -64,7 +68,7 @@ def test_without_the_peers_our_own_server_is_measured(
     monkeypatch.setattr(nbdtable.shutil, "which", lambda name: None)
     monkeypatch.setattr(nbdtable, "has_fio", lambda: False)
     monkeypatch.setattr(nbdtable, "has_nbdcopy", lambda: False)
-    found = measure_nbd_table(NbdTableOptions(directory=str(tmp_path), **TINY))
+    found = measure_nbd_table(NbdTableOptions(directory=str(tmp_path), layouts=("random",), **TINY))
     assert (found.peer, found.missing) == ("", ("qemu-nbd", "fio", "nbdcopy", "qemu-img"))
     (cell,) = found.measured
     assert names(cell) == ["generator, depth 32", "CPU for a million"]
@@ -74,12 +78,12 @@ def test_without_the_peers_our_own_server_is_measured(
 
 def test_ratios_are_medians_of_pairs_and_above_one_is_always_better_for_us() -> None:
     rounds = [
-        {"ours": {"r": 10.0, "CPU": 1.0}, "peer": {"r": 5.0, "CPU": 3.0}},
-        {"ours": {"r": 100.0, "CPU": 1.0}, "peer": {"r": 100.0, "CPU": 2.0}},
-        {"ours": {"r": 20.0, "CPU": 1.0}, "peer": {"r": 5.0, "CPU": 1.0}},
+        {"ours": {"r": 10.0, "CPU": 1.0}, "peer": {"r": 5.0, "CPU": 3.0}, "nothing": {"r": 20.0, "CPU": 9.0}},
+        {"ours": {"r": 100.0, "CPU": 1.0}, "peer": {"r": 100.0, "CPU": 2.0}, "nothing": {"r": 100.0, "CPU": 9.0}},
+        {"ours": {"r": 20.0, "CPU": 1.0}, "peer": {"r": 5.0, "CPU": 1.0}, "nothing": {"r": 15.0, "CPU": 9.0}},
     ]
-    rate, cpu = nbdtable._figures(rounds)
-    assert rate == Figure("r", "reads/s", 20.0, 5.0, None, 2.0, None)
+    rate, cpu = figures_of(rounds)
+    assert rate == Figure("r", "reads/s", 20.0, 5.0, None, 2.0, None, 20.0, 3.0)
     assert cpu == Figure("CPU", "s", 1.0, 2.0, None, 2.0, None)
 
 
@@ -90,15 +94,20 @@ def test_the_table_says_where_the_peer_is_ahead_worst_first() -> None:
     assert found.as_json()["losses"] == found.losses
 
 
-def test_the_summary_tells_partial_from_whole_maps_and_leaves_out_what_is_no_cell() -> None:
-    def cell(covered: bool, ratio: float | None, published: int = 1) -> NbdMeasured:
-        figure = Figure("f", "reads/s", 1, 1, 1, ratio, 0.5)
-        return NbdMeasured("", 16, 0, 0, published, covered, "", (figure,))
+def test_the_summary_tells_layouts_and_partial_from_whole_maps_and_leaves_out_what_is_no_cell() -> None:
+    def cell(covered: bool, ratio: float | None, published: int = 1, layout: Layout = "sequential") -> NbdMeasured:
+        figure = Figure("f", "reads/s", 1, 1, 1, ratio, 0.5, 3, 6.0)
+        return NbdMeasured("", 16, 0, 0, published, covered, "", (figure,), layout)
 
-    cells = (cell(False, 4.0), cell(False, 2.0), cell(False, 9.0), cell(True, None), cell(True, 1.0, published=0))
+    cells = (cell(False, 4.0), cell(False, 2.0), cell(False, 9.0), cell(True, None), cell(True, 1.0, published=0),
+             cell(False, 1.0, layout="random"))  # fmt: skip
     found = NbdTable({}, "", "", (), cells)
-    assert found.summary == (Summary("f", False, 2.0, 4.0, 0.5, 0.5), Summary("f", True, None, None, 0.5, 0.5))
-    assert len(found.as_json()["summary"]) == 2
+    assert found.summary == (
+        Summary("f", False, 2.0, 4.0, 0.5, 0.5, 6.0),
+        Summary("f", True, None, None, 0.5, 0.5, 6.0),
+        Summary("f", False, 1.0, 1.0, 0.5, 0.5, 6.0, "random"),
+    )
+    assert len(found.as_json()["summary"]) == 3
 
 
 def test_servers_take_turns_at_beginning() -> None:
@@ -110,7 +119,7 @@ def test_servers_take_turns_at_beginning() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"layout": "sorted"}, {"aio": "native"}, {"rounds": 0}, {"seconds": 0.0}, {"content": 1}]
+    "options", [{"layouts": ("sorted",)}, {"aio": "native"}, {"rounds": 0}, {"seconds": 0.0}, {"content": 1}]
 )
 def test_an_impossible_option_is_named(options: dict[str, object]) -> None:
     with pytest.raises(BadOption, match=next(iter(options))):
@@ -131,6 +140,14 @@ def test_a_server_is_gone_afterwards_and_had_used_time(tmp_path: Path) -> None:
         assert cpu >= 0
     with pytest.raises(ProcessLookupError):
         os.kill(served.pid, 0)
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_a_server_that_does_nothing_answers_every_read_until_the_client_leaves(structured: bool) -> None:
+    with ceiling_server(1 << 20) as served:
+        for _ in range(2):
+            result = run_load(served.uri, LoadOptions(depth=4, length=4096, count=500, structured=structured))
+            assert (result.requests, result.errors) == (500, 0)
 
 
 @needs("qemu-img")
@@ -156,14 +173,14 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[NbdTableOptions]:
     """What the command asks for, answered at once."""
     asked: list[NbdTableOptions] = []
     figures = (
-        Figure("generator, depth 32", "reads/s", 500_000.0, 1_000_000.0, 600_000.0, 0.5, 0.83),
+        Figure("generator, depth 32", "reads/s", 500_000.0, 1_000_000.0, 600_000.0, 0.5, 0.83, 2_000_000.0, 2.0),
         Figure("CPU for a million", "s", 1.5, 4.5, None, 3.0, None),
     )
     cell = NbdMeasured("a cell", 16, 4096, 1 << 20, 6545, False, "io_uring", figures)
 
     def answer(options: NbdTableOptions, told: object) -> NbdTable:
         asked.append(options)
-        shown = {"layout": options.layout, "size": options.size, "rounds": options.rounds, "seconds": options.seconds}
+        shown = {"layouts": options.layouts, "size": options.size, "rounds": options.rounds, "seconds": options.seconds}
         return NbdTable(shown, "a machine", "qemu-nbd version 7", ("fio",), (cell,))
 
     monkeypatch.setattr(nbdtable, "measure_nbd_table", answer)
@@ -176,16 +193,17 @@ def test_the_command_hands_its_words_on(measured: list[NbdTableOptions]) -> None
     assert done.return_value == 0
     assert json.loads(done.stdout)["losses"] == [["a cell", "generator, depth 32", 0.5]]
     assert measured == [
-        NbdTableOptions(layout="random", cluster_bits=(18,), rounds=3, seconds=0.5, short=True, peer=False)
+        NbdTableOptions(layouts=("random",), cluster_bits=(18,), rounds=3, seconds=0.5, short=True, peer=False)
     ]
 
 
 def test_the_command_tells_people_what_is_faster(measured: list[NbdTableOptions]) -> None:
     done = CliRunner().invoke(table, ["--over=nbd"], standalone_mode=False)
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
-    assert "generator, depth 32 1,000,000 500,000 0.50x 600,000 83%" in lines
-    assert "CPU for a million 4.50 s 1.50 s 3.00x - -" in lines
-    assert "generator, depth 32, part of the map 0.50x 0.50x 83% 83%" in lines
+    assert "a cell, sequential, part of the map, published 6,545, qemu-nbd --aio=io_uring" in lines
+    assert "generator, depth 32 1,000,000 500,000 0.50x 2,000,000 2.00x 600,000 83%" in lines
+    assert "CPU for a million 4.50 s 1.50 s 3.00x - - - -" in lines
+    assert "generator, depth 32, sequential, part of the map 0.50x 0.50x 2.00x 83% 83%" in lines
     assert "a cell: generator, depth 32, 0.50x" in lines
     assert "fio is not installed" in done.stderr
 
