@@ -27,6 +27,7 @@ VERBS = {
     "rebase": "Give an overlay another backing file.",
     "dd": "Copy blocks of a disk into a new file.",
     "amend": "Change the version, size or other features of an image.",
+    "bitmap": "List, add, remove or change the dirty bitmaps of an image.",
     "measure": "Say how large an image would be.",
     "serve": "Give disks to NBD clients: virtual machines, nbdcopy, qemu-img.",
     "tune": "Say which metadata cache a disk needs.",

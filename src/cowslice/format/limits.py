@@ -53,6 +53,8 @@ MAX_BITMAP_NAME: Final = 1023
 MAX_BITMAP_TABLE_ENTRIES: Final = 0x8000000
 MAX_BITMAP_BYTES: Final = 512 * MiB
 MIN_BITMAP_GRANULARITY_BITS: Final = 9
+# Entries of all tables that a writer keeps in memory, 8 MiB (ours): 64 GiB of bits with clusters of 64 KiB.
+MAX_LOADED_BITMAP_ENTRIES: Final = 1 << 20
 MAX_BITMAP_GRANULARITY_BITS: Final = 31
 
 # A LUKS1 header with eight slots of 64-byte keys and 4000 stripes takes 2 MiB. Eight times that is generous (ours: it

@@ -5,9 +5,10 @@ It does not change them. A bitmap that cannot be used is listed with the reason,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 
-from cowslice.errors import CorruptImage
+from cowslice.errors import BadOption, CorruptImage
 from cowslice.format.bitmaps import (
     Bitmap,
     BitmapCluster,
@@ -18,6 +19,7 @@ from cowslice.format.bitmaps import (
 )
 from cowslice.format.findings import escaped
 from cowslice.format.first_cluster import FirstCluster
+from cowslice.format.geometry import Geometry
 from cowslice.storage.base import Storage
 from cowslice.units import div_ceil
 
@@ -37,10 +39,21 @@ def load_bitmaps(storage: Storage, first: FirstCluster) -> tuple[Bitmap, ...]:
     return directory.bitmaps
 
 
+def find_bitmap(bitmaps: Sequence[Bitmap], name: str) -> Bitmap:
+    """The record of that name. Raises BadOption where there is none."""
+    raw = os.fsencode(name)
+    found = next((one for one in bitmaps if one.name == raw), None)
+    if found is None:
+        there = ", ".join(f"'{escaped(one.name)}'" for one in bitmaps[:20])
+        expected = f"one of {there}" if there else "none: there are none"
+        raise BadOption(f"bitmap is '{escaped(raw)}', expected {expected}")
+    return found
+
+
 def dirty_extents(
     storage: Storage, first: FirstCluster, bitmap: Bitmap, *, offset: int = 0, length: int | None = None
 ) -> Iterator[tuple[int, int]]:
-    """Yield the guest (offset, length) ranges that a bitmap marks, ascending and merged, in bytes.
+    """The guest (offset, length) ranges that a bitmap marks, ascending and merged, in bytes.
 
     Only what lies inside the span of `length` bytes from `offset`, by default to the end of the disk. Reads one cluster
     of bitmap data at a time. Raises CorruptImage for a bitmap that cannot be used or is in use.
@@ -49,8 +62,13 @@ def dirty_extents(
         reason = bitmap.fault or "a writer did not finish it"
         raise CorruptImage(f"bitmap '{escaped(bitmap.name)}' cannot be used: {reason}", structure="bitmap directory")
     limit = first.header.size if length is None else min(offset + length, first.header.size)
+    return joined_ranges(_ranges(storage, first, bitmap, offset, limit), offset, limit)
+
+
+def joined_ranges(found: Iterable[tuple[int, int]], offset: int, limit: int) -> Iterator[tuple[int, int]]:
+    """Yield ascending guest (start, end), cut to those from `offset` to `limit` and merged, as (offset, length)."""
     start = end = 0
-    for begin, stop in _ranges(storage, first, bitmap, offset, limit):
+    for begin, stop in found:
         if begin >= limit:
             break
         begin, stop = max(begin, offset), min(stop, limit)
@@ -62,6 +80,14 @@ def dirty_extents(
         start, end = begin, stop
     if end > start:
         yield start, end - start
+
+
+def cluster_bits_of(storage: Storage, geometry: Geometry, word: int) -> bytes:
+    """One cluster of bits, whole, that a table entry stands for. Raises CorruptImage, StorageError."""
+    kind, offset = decode_bitmap_entry(word, geometry)
+    if kind is BitmapCluster.DATA:
+        return storage.read(offset, geometry.cluster_size)
+    return (b"\xff" if kind is BitmapCluster.ALL_ONES else b"\0") * geometry.cluster_size
 
 
 def _ranges(

@@ -2,6 +2,7 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
+from cowslice.image.dirtybits cimport Marks
 from cowslice.image.passage cimport Passage
 from cowslice.image.recorder cimport Recorder
 from cowslice.image.translation cimport Target, Translation
@@ -11,6 +12,7 @@ cdef class FastPath(Translation):
     cdef bint closed
     cdef readonly bint writable
     cdef Passage passage
+    cdef readonly Marks marks           # the bitmaps that every write is noted in
     cdef readonly Recorder recorder     # of what is asked here; it runs while a capture is open
     cdef bint read_target(self, const Target *target, uint8_t *buffer, uint64_t length) noexcept nogil
     cdef uint64_t read_span(self, uint64_t offset, uint8_t *buffer, uint64_t length) noexcept nogil

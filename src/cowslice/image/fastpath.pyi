@@ -1,5 +1,6 @@
 from typing import TYPE_CHECKING
 
+from cowslice.image.dirtybits import Marks
 from cowslice.image.fences import Fences
 from cowslice.image.passage import Passage
 from cowslice.image.recorder import Recorder
@@ -14,6 +15,7 @@ class FastPath(Translation):
     def close(self) -> None: ...
     writable: bool
     recorder: Recorder
+    marks: Marks
     def resize(self, size: int) -> None: ...
     def make_writable(self, passage: Passage, fences: Fences) -> None: ...
     def write_from(self, offset: int, buffer: ReadableBuffer, start: int = 0) -> int: ...

@@ -12,6 +12,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from cowslice.cache.pthread cimport pthread_mutex_lock, pthread_mutex_unlock
+from cowslice.image.dirtybits cimport Marks
 from cowslice.image.fences cimport Fences
 from cowslice.image.hostread cimport read_host, write_host
 from cowslice.image.inflated cimport InflatedClusters, Stream
@@ -42,6 +43,7 @@ cdef class FastPath(Translation):
 
     def __cinit__(self):
         self.recorder = Recorder()
+        self.marks = Marks()
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -133,6 +135,8 @@ cdef class FastPath(Translation):
         while done < length:
             if not self.locate_own(offset + done, length - done, &target):
                 break
+            if self.marks.count:
+                self.marks.mark(offset + done, target.length)
             if not write_host(&target.layer.file, buffer + done, target.length, target.host):
                 break
             done += target.length

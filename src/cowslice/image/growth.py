@@ -61,10 +61,15 @@ class Growth:
             check_resize(self.layer.size, size, shrink=shrink, preallocation=preallocation)
             self._check_supported(size, preallocation)
             roots.commit()
-            if size > self.layer.size:
-                self._grow(roots, size, preallocation)
-            elif size < self.layer.size:
-                self._shrink(roots, size)
+            self.writer.resizing(size)
+            try:
+                if size > self.layer.size:
+                    self._grow(roots, size, preallocation)
+                elif size < self.layer.size:
+                    self._shrink(roots, size)
+            except BaseException:
+                self.writer.resized(self.layer.size)
+                raise
 
     def _check_supported(self, size: int, preallocation: str) -> None:
         header = self.layer.first.header

@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING
 
 from cowslice.cache.slicemap import SliceCache
 from cowslice.errors import BadOption, CowsliceError, OutOfRange, ReadOnly, RequestError
-from cowslice.format.bitmaps import Bitmap
 from cowslice.format.first_cluster import FirstCluster
 from cowslice.format.geometry import Geometry
 from cowslice.format.header import CryptMethod, Header
 from cowslice.format.snapshots import Snapshot
-from cowslice.image.bitmaps import load_bitmaps
 from cowslice.image.capture import Capture
 from cowslice.image.chain import fast_path, open_chain
 from cowslice.image.compressed import DecompressedCache
+from cowslice.image.diskbitmaps import DiskBitmaps
 from cowslice.image.fastpath import FastPath
 from cowslice.image.file import ImageFile
 from cowslice.image.layer import Layer
@@ -48,7 +47,7 @@ _WRITE, _FLUSH, _DISCARD, _ZERO = range(1, 5)  # kinds of requests in a capture
 MAX_THREADS = 64  # of one read_many; more only wait for each other
 
 
-class Image:
+class Image(DiskBitmaps):
     """A guest disk of `size` bytes, open for reading. Made by `open_image`; offsets and lengths are guest bytes.
 
     `layers` are the files of the chain, top first; they share `cache`, the metadata memory, and `decompressed`, which
@@ -146,12 +145,6 @@ class Image:
         """Internal snapshots of the top file, read when first asked for. Raises ImageError for a damaged table."""
         with self._lease:
             return load_snapshots(self._top_storage, self.header) if self.header else ()
-
-    @cached_property
-    def bitmaps(self) -> tuple[Bitmap, ...]:
-        """Persistent bitmaps of the top file, unusable ones with their `fault`; read when first asked for."""
-        with self._lease:
-            return load_bitmaps(self._top_storage, self.first_cluster) if self.first_cluster else ()
 
     def read(self, offset: int, length: int) -> bytes:
         """Return exactly `length` bytes from `offset`. Raises OutOfRange past the end, else as read_into."""

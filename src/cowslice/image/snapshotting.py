@@ -113,6 +113,9 @@ class Snapshotting:
             roots.fence_tables(words)
             roots.clear_copied_below(tree)
             roots.commit()
+            self.writer.resizing(size)
+            if self.writer.track is not None:  # what will differ is not known, so all may
+                self.writer.track(0, max(size, self.layer.size))
             undo.pop_all()
             roots.switch(l1_table_offset=at, l1_size=len(content) // 8, size=size)
             roots.show(words, size)

@@ -18,6 +18,7 @@ class Structure(IntEnum):
     BITMAP_DIRECTORY = 7
     BITMAP_TABLE = 8
     CRYPTO_HEADER = 9
+    BITMAP_DATA = 10
 
     @property
     def label(self) -> str:
@@ -26,4 +27,4 @@ class Structure(IntEnum):
 
 _LABELS = ("the header", "the L1 table", "an L2 table", "the refcount table", "a refcount block",
            "the snapshot table", "the L1 table of a snapshot", "the bitmap directory", "a bitmap table",
-           "the encryption header")
+           "the encryption header", "the bits of a bitmap")

@@ -29,6 +29,7 @@ from cowslice.image.refcounts import Refcounts
 from cowslice.image.snapshots import load_snapshots
 from cowslice.image.structures import Structure
 from cowslice.image.tables import Tables
+from cowslice.image.tracking import Tracking
 from cowslice.image.writes import Qcow2Writes, RawWrites, Writes
 from cowslice.image.writing import Writer
 from cowslice.image.zeroing import DiscardRules
@@ -50,8 +51,16 @@ def open_writes(chain: Chain, options: OpenOptions, fast: FastPath | None) -> Wr
     writer = open_writer(chain.layers, refcount_budget=chain.refcount_budget, slice_budget=chain.cache.budget)
     fast.make_writable(writer.tables.passage, writer.tables.fences)
     fast.writes_in_place = options.detect_zeroes == "off"
-    writer.resized = fast.resize
-    return Qcow2Writes(writer, DiscardRules(keep_reference=options.discard_no_unref))
+    tracking = Tracking(writer, fast.marks)
+    if tracking.warning and options.on_warning is not None:
+        options.on_warning(tracking.warning)
+
+    def resized(size: int) -> None:
+        fast.resize(size)
+        tracking.resized(size)
+
+    writer.resizing, writer.resized = tracking.resizing, resized
+    return Qcow2Writes(writer, tracking, DiscardRules(keep_reference=options.discard_no_unref))
 
 
 def open_writer(layers: Sequence[Layer], *, refcount_budget: int, slice_budget: int) -> Writer:
@@ -85,9 +94,6 @@ def check_writable(layer: Qcow2Layer) -> None:
     if header.has_data_file and header.snapshot_count:
         raise UnsupportedImage(f"'{name}' has snapshots and an external data file, expected only one of them",
                                features=("snapshot with external data file",))
-    if layer.first.bitmaps is not None:
-        raise UnsupportedImage(f"'{name}' has dirty bitmaps, which this version cannot keep while it writes",
-                               features=("dirty bitmaps",))
 
 
 def _clear_unknown(layer: Qcow2Layer) -> None:

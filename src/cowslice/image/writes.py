@@ -19,6 +19,7 @@ from cowslice.image.growth import Growth, check_resize
 from cowslice.image.layer import Layer
 from cowslice.image.passage import Passage
 from cowslice.image.snapshotting import Snapshotting
+from cowslice.image.tracking import Tracking
 from cowslice.image.writing import Writer
 from cowslice.image.zeroing import DiscardRules, Zeroing
 from cowslice.storage.base import Storage
@@ -26,6 +27,8 @@ from cowslice.storage.base import Storage
 
 class Writes(ABC):
     """The changing half of an image. Each request but `flush` and `finish` is made inside `with request():`."""
+
+    tracking: Tracking | None = None  # the bitmaps of a qcow2 image
 
     @abstractmethod
     def request(self) -> AbstractContextManager[object]:
@@ -83,8 +86,9 @@ class Writes(ABC):
 class Qcow2Writes(Writes):
     """Writes to a qcow2 image."""
 
-    def __init__(self, writer: Writer, rules: DiscardRules) -> None:
+    def __init__(self, writer: Writer, tracking: Tracking, rules: DiscardRules) -> None:
         self.writer = writer
+        self.tracking = self._bitmaps = tracking
         self.zeroing = Zeroing(writer, rules)
         self.compressing = Compressing(writer)
         self.snapshotting = Snapshotting(writer)
@@ -138,7 +142,10 @@ class Qcow2Writes(Writes):
         if not self._finished:
             self._finished = True
             self.snapshotting.finish()
-            self.writer.commits.finish()
+            try:
+                self._bitmaps.store()
+            finally:
+                self.writer.commits.finish()
 
 
 class RawWrites(Writes):

@@ -37,9 +37,9 @@ _ZEROS = memoryview(bytes(ZEROS_TO_WRITE))
 class Writer:
     """Writes to the top layer of `layers`, which `tables` belong to. Any number of threads may write at once.
 
-    `track`, where set, is told (offset, length) of every change, before it is made; `resized` is told another size of
-    the disk while nobody is inside. `dirty_bytes` bounds the L2 slices
-    that wait for a commit.
+    `track`, where set, is told (offset, length) of every change, before it is made; `resizing` is told another size of
+    the disk before it changes, and may refuse it, `resized` the size that it has then; both while nobody is inside.
+    `dirty_bytes` bounds the L2 slices that wait for a commit.
     """
 
     def __init__(self, layers: Sequence[Layer], tables: Tables, commits: Commits, *, dirty_bytes: int) -> None:
@@ -48,6 +48,7 @@ class Writer:
         self.tables = tables
         self.commits = commits
         self.track: Callable[[int, int], None] | None = None
+        self.resizing: Callable[[int], object] = lambda size: None
         self.resized: Callable[[int], object] = lambda size: None
         self.claims = Claims(tables.lock)
         header = self.layer.first.header

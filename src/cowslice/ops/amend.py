@@ -152,6 +152,7 @@ def _kept_in_version_3(image: Image, header: Header) -> Iterator[str]:
     for has, what in (
         (header.has_data_file, "an external data file"), (header.extended_l2, "extended L2 entries"),
         (bool(header.compression_type), "the compression type zstd"), (bool(image.snapshots), "snapshots"),
+        (bool(image.bitmaps), "dirty bitmaps"),
         (header.crypt_method == CryptMethod.LUKS, "LUKS encryption"),
     ):  # fmt: skip
         if has:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cowslice.errors import BadOption, LocalProtocolError
-from cowslice.format.bitmaps import Bitmap
+from cowslice.format.bitmaps import Bitmap, BitmapFlags
 from cowslice.format.findings import escaped
 from cowslice.image.bitmaps import dirty_extents, load_bitmaps
 from cowslice.image.qcow2 import Qcow2Layer
@@ -35,22 +35,30 @@ State = tuple[int, int]  # length in bytes, flags
 
 @dataclass(frozen=True, slots=True)
 class ExportedBitmap:
-    """A dirty bitmap of the layer that holds it; a layer may be shorter than the disk."""
+    """A dirty bitmap of the layer that holds it; a layer may be shorter than the disk.
+
+    That of a `disk` which is open for writing is asked of it, so that it shows what is written meanwhile.
+    """
 
     layer: Qcow2Layer
     bitmap: Bitmap
+    disk: Image | None = None
 
     def states(self, offset: int, length: int) -> Iterator[State]:
         """Yield what the span is made of, dirty and clean, in order."""
         at, end = offset, offset + length
-        found = dirty_extents(self.layer.storage, self.layer.first, self.bitmap, offset=offset, length=length)
-        for start, dirty in found:
+        for start, dirty in self._found(offset, length):
             if start > at:
                 yield start - at, 0
             yield dirty, STATE_DIRTY
             at = start + dirty
         if at < end:
             yield end - at, 0
+
+    def _found(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        if self.disk is not None:
+            return self.disk.dirty_extents(os.fsdecode(self.bitmap.name), offset, length)
+        return dirty_extents(self.layer.storage, self.layer.first, self.bitmap, offset=offset, length=length)
 
 
 class Export:
@@ -73,7 +81,7 @@ class Export:
         self.disk = disk
         self.name = name
         self.writable = writable
-        self._bitmaps = {DIRTY_BITMAP + wanted: find_bitmap(disk, wanted) for wanted in bitmaps}
+        self._bitmaps = {DIRTY_BITMAP + wanted: find_bitmap(disk, wanted, live=writable) for wanted in bitmaps}
         depth = (ALLOCATION_DEPTH,) if allocation_depth else ()
         try:
             self.offer = Offer(
@@ -131,21 +139,29 @@ class Export:
         return extent.depth + 2 if extent.depth + 1 < len(self.disk.layers) else 0
 
 
-def find_bitmap(disk: Image, name: str) -> ExportedBitmap:
-    """Return the uppermost usable bitmap of that name in the chain. Raises BadOption that says what is wrong."""
+def find_bitmap(disk: Image, name: str, *, live: bool) -> ExportedBitmap:
+    """Return the uppermost usable bitmap of that name in the chain. Raises BadOption that says what is wrong.
+
+    One that notes what is written to the disk is shown only to those who may write, `live`: others expect that what
+    they read stays as it is.
+    """
     raw = os.fsencode(name)
     there: list[str] = []
     for layer in disk.layers:
         if not isinstance(layer, Qcow2Layer):
             continue
-        for bitmap in load_bitmaps(layer.storage, layer.first):
+        written = disk if layer is disk.layers[0] and disk.writable else None
+        for bitmap in written.bitmaps if written else load_bitmaps(layer.storage, layer.first):
             there.append(escaped(bitmap.name))
             if bitmap.name != raw:
                 continue
             if bitmap.fault or bitmap.in_use:
                 reason = bitmap.fault or "a writer did not finish it"
                 raise BadOption(f"bitmap '{escaped(raw)}' of '{layer.name}' cannot be served: {reason}")
-            return ExportedBitmap(layer, bitmap)
+            if written and not live and bitmap.flags & BitmapFlags.AUTO:
+                raise BadOption(f"bitmap '{escaped(raw)}' of '{layer.name}' changes while the disk is written, "
+                                "expected a writable export or a disabled bitmap")
+            return ExportedBitmap(layer, bitmap, written)
     known = ", ".join(f"'{one}'" for one in there[:20])
     expected = f"one of {known}" if known else "none: the chain has no bitmaps"
     raise BadOption(f"bitmap is '{escaped(raw)}', expected {expected}")
