@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cowslice.format.snapshots import decode_snapshot_table, encode_snapshot_table
 from cowslice.testing import peers
 from cowslice.testing.commandline import cowslice
 
@@ -32,6 +34,9 @@ def facts(path: Path) -> Any:
     ("compat=0.10", "compat=1.1,lazy_refcounts=on"), ("lazy_refcounts=on", "lazy_refcounts=off"),
     ("lazy_refcounts=on", "compat=0.10"), ("cluster_size=64k", "size=5M"), ("compat=0.10", "compat=1.1,size=900M"),
     ("cluster_size=64k", "lazy_refcounts=on,compat=1.1,refcount_bits=16"), ("cluster_size=4k", "size=3M"),
+    ("cluster_size=64k", "refcount_bits=64"), ("cluster_size=512", "refcount_bits=64,size=9M"),
+    ("refcount_bits=64,cluster_size=4k", "refcount_bits=8"), ("refcount_bits=8", "refcount_bits=16,compat=0.10"),
+    ("compat=0.10", "refcount_bits=32,compat=1.1,lazy_refcounts=on"), ("cluster_size=512", "refcount_bits=8"),
 ])  # fmt: skip
 def test_the_image_is_what_qemu_makes_of_it(tmp_path: Path, options: str, change: str) -> None:
     (tmp_path / "ours").mkdir()
@@ -66,7 +71,8 @@ def test_the_data_file_can_be_named_otherwise_and_be_raw_no_more(tmp_path: Path)
 
 @pytest.mark.parametrize("options,change,status", [
     ("cluster_size=64k", "backing_file=x", 64), ("cluster_size=64k", "cluster_size=4k", 64),
-    ("cluster_size=64k", "refcount_bits=8", 1), ("cluster_size=64k", "size=1M", 64),
+    ("cluster_size=64k", "refcount_bits=12", 64), ("cluster_size=64k", "size=1M", 64),
+    ("cluster_size=64k", "refcount_bits=8,compat=0.10", 1), ("compat=0.10", "refcount_bits=8", 64),
     ("cluster_size=64k", "data_file=x", 64), ("cluster_size=64k", "nonsense=1", 64), ("compat=0.10", "compat=2.0", 64),
     ("compat=0.10", "lazy_refcounts=on", 64), ("refcount_bits=8", "compat=0.10", 1),
     ("extended_l2=on", "compat=0.10", 1), ("compression_type=zstd", "compat=0.10", 1),
@@ -78,16 +84,98 @@ def test_what_is_refused_changes_nothing(tmp_path: Path, options: str, change: s
     assert image.read_bytes() == before
 
 
-def test_an_image_that_says_zeros_or_has_snapshots_stays_version_3(tmp_path: Path) -> None:
-    zeros, snapshots = made(tmp_path / "zeros", "compat=1.1"), made(tmp_path / "snapshots", "compat=1.1")
-    peers.qemu_io(zeros, "write -z 64k 64k")
-    peers.qemu_img("snapshot", "-c", "one", snapshots)
-    for image in (zeros, snapshots):
-        before = image.read_bytes()
-        refused = cowslice("amend", "-o", "compat=0.10", image)
-        assert refused.status == 1
-        assert "stays version 3" in refused.err
-        assert image.read_bytes() == before
+@pytest.mark.parametrize("backing", [False, True])
+@pytest.mark.parametrize("cluster_size", ["512", "64k"])
+def test_zeros_are_written_out_for_version_2_in_snapshots_too(
+    tmp_path: Path, cluster_size: str, backing: bool
+) -> None:
+    (tmp_path / "base").write_bytes(b"\7" * 3 * MiB)
+    more = ("-b", tmp_path / "base", "-F", "raw") if backing else ()
+    image = made(tmp_path / "image", f"compat=1.1,cluster_size={cluster_size}", *map(str, more))
+    peers.qemu_io(image, "write -z 64k 128k", "write -z -u 1M 256k")
+    peers.qemu_img("snapshot", "-c", "one", image)
+    peers.qemu_io(image, "write -P 8 1M 64k", "write -z 200k 1k", "write -P 4 1536k 10k")
+    peers.qemu_img("snapshot", "-c", "two", image)
+    peers.qemu_io(image, "write -z 1536k 64k", "discard 64k 64k")
+    shutil.copy(image, tmp_path / "before")
+    assert cowslice("amend", "-o", "compat=0.10", image).status == 0
+    assert facts(image)["format-specific"]["data"]["compat"] == "0.10"
+    assert "No errors" in peers.qemu_img("check", image)
+    peers.qemu_img("compare", image, tmp_path / "before")
+    for name in ("one", "two"):
+        for file in (image, tmp_path / "before"):
+            peers.qemu_img("convert", "-l", name, "-O", "raw", file, f"{file}.{name}")
+        assert Path(f"{image}.{name}").read_bytes() == (tmp_path / f"before.{name}").read_bytes()
+    peers.qemu_img("snapshot", "-a", "one", image)
+    peers.qemu_io(image, "write -P 9 0 3M")
+    peers.qemu_img("snapshot", "-d", "one", image)
+    assert "No errors" in peers.qemu_img("check", image)
+
+
+def test_a_cluster_of_zeros_that_a_snapshot_still_reads_as_data_keeps_that_data(tmp_path: Path) -> None:
+    image = made(tmp_path / "image", "compat=1.1", "-b", str(made(tmp_path / "base", "compat=1.1")), "-F", "qcow2")
+    peers.qemu_img("snapshot", "-c", "one", image)
+    peers.qemu_io(image, "write -z 128k 64k")
+    assert cowslice("amend", "-o", "compat=0.10", image).status == 0
+    peers.qemu_io(image, "read -P 0 128k 64k")
+    peers.qemu_img("snapshot", "-a", "one", image)
+    peers.qemu_io(image, "read -P 5 128k 64k")
+    assert "No errors" in peers.qemu_img("check", image)
+
+
+@pytest.mark.parametrize("reason,commands", [
+    ("another size", [("snapshot", "-c", "one"), ("resize", "4M")]), ("bitmaps", [("bitmap", "--add", "b0")]),
+])  # fmt: skip
+def test_what_version_2_cannot_say_stays_version_3(
+    tmp_path: Path, reason: str, commands: list[tuple[str, ...]]
+) -> None:
+    image = made(tmp_path / "image", "compat=1.1")
+    for verb, *words in commands:
+        if verb == "snapshot":
+            peers.qemu_img(verb, *words, image)
+        elif verb == "resize":
+            peers.qemu_img(verb, image, *words)
+        else:
+            peers.qemu_img(verb, words[0], image, *words[1:])
+    before = image.read_bytes()
+    refused = cowslice("amend", "-o", "compat=0.10", image)
+    assert refused.status == 1
+    assert reason in refused.err
+    assert image.read_bytes() == before
+
+
+def test_a_width_too_narrow_for_a_count_is_refused_with_the_cluster(tmp_path: Path) -> None:
+    image = made(tmp_path / "image", "compat=1.1")
+    for name in ("one", "two", "three"):
+        peers.qemu_img("snapshot", "-c", name, image)
+    before = image.read_bytes()
+    refused = cowslice("amend", "-o", "refcount_bits=2", image)
+    assert refused.status == 1
+    assert "has 4 references, expected at most 3" in refused.err
+    assert image.read_bytes() == before
+    assert cowslice("amend", "-o", "refcount_bits=4", image).status == 0
+    assert "No errors" in peers.qemu_img("check", image)
+
+
+def test_a_version_2_snapshot_without_its_disk_size_gets_one(tmp_path: Path) -> None:
+    image = made(tmp_path / "image", "compat=0.10")
+    peers.qemu_img("snapshot", "-c", "one", image)
+    strip_extra(image)
+    assert cowslice("amend", "-o", "compat=1.1", image).status == 0
+    assert "No errors" in peers.qemu_img("check", image)
+    peers.qemu_io(image, "write -P 8 0 3M")
+    peers.qemu_img("snapshot", "-a", "one", image)
+    peers.qemu_io(image, "read -P 5 70k 200k")
+
+
+def strip_extra(image: Path) -> None:
+    """Let the records of its snapshots be as old programs of version 2 wrote them."""
+    raw = bytearray(image.read_bytes())
+    count, at = (int.from_bytes(raw[start:end], "big") for start, end in ((60, 64), (64, 72)))
+    bare = [replace(one, extra=b"") for one in decode_snapshot_table(bytes(raw[at:]), count)]
+    table = encode_snapshot_table(bare)
+    raw[at : at + len(table)] = table
+    image.write_bytes(raw)
 
 
 def test_help_lists_what_can_be_changed(tmp_path: Path) -> None:

@@ -17,9 +17,13 @@ EPILOG = """\b
 Examples:
   cowslice amend -o compat=1.1,lazy_refcounts=on disk.qcow2
   cowslice amend -o size=80G disk.qcow2
-  cowslice amend -o help disk.qcow2
+  cowslice amend -p -o refcount_bits=64 disk.qcow2    (for more snapshots than 16 bits can count)
+  cowslice amend -o compat=0.10 disk.qcow2            (for a reader that only knows version 2)
+  cowslice amend -o data_file=disk.raw disk.qcow2     (where the data file is now)
+  cowslice amend -o help
 
 \b
+After Ctrl-C the image is sound: what was finished stays changed, and check -r leaks gives back the space of the rest.
 Exit status: 0 done, 1 failed, 64 usage, 130 interrupted."""
 
 AMENDABLE = ("compat", "data_file", "data_file_raw", "lazy_refcounts", "refcount_bits", "size")
@@ -29,7 +33,7 @@ AMENDABLE = ("compat", "data_file", "data_file_raw", "lazy_refcounts", "refcount
 @image_format
 @click.option("-o", "texts", multiple=True, required=True, metavar="KEY=VALUE,...", help="What to change; 'help' lists "
               "the keys.")
-@click.option("-p", "progress", is_flag=True, help="Accepted: nothing here takes long.")
+@click.option("-p", "progress", is_flag=True, help="Show progress.")
 @click.option("-t", "cache", type=click.Choice(CACHE_MODES), default="writeback",
               help="'none' reads and writes around the page cache.")
 @changing
@@ -39,8 +43,10 @@ def command(
     file: str | None, format_name: str | None, texts: tuple[str, ...], progress: bool, cache: str, image_opts: bool,
     objects: tuple[str, ...], quiet: bool, allowed: tuple[str, ...], allow_any: bool,
 ) -> int | None:
-    """Change the version, size or other features of the qcow2 image FILE."""
-    from cowslice.ops.amend import Amendment, amend
+    """Change the version, refcount width, size or other features of the qcow2 image FILE."""
+    from cowslice.cli.progress import maybe_shown
+    from cowslice.ops.amend import amend
+    from cowslice.ops.amendrules import Amendment
 
     if asks_for_keys(texts):
         say("What can be changed, as -o KEY=VALUE,...")
@@ -60,8 +66,8 @@ def command(
     given = Given(format_name=format_name, image_opts=image_opts, objects=objects, allowed=allowed,
                   allow_any=allow_any, direct=cache in ("none", "directsync"))
     try:
-        with ending_on_sigterm(), explained():
-            amend(*describe(file, given), Amendment(**fields))
+        with ending_on_sigterm(), explained(), maybe_shown("amending", progress and not quiet, unit="") as advance:
+            amend(*describe(file, given), Amendment(**fields), progress=advance)
     except Terminated:
         return exitcodes.TERMINATED
     return None

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from cowslice.errors import CorruptImage, CowsliceError
+from cowslice.errors import CorruptImage, CowsliceError, StorageError
 from cowslice.format.entries import COMPRESSED, COPIED, L1_OFFSET_MASK
 from cowslice.format.words import pack_words, unpack_words
 from cowslice.image.headerswitch import switch_header
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cowslice.image.hosttree import Numbers
 
 Words = Sequence[int]
+_MOST_COMMITS = 8  # a commit frees clusters, the next counts them down; a table that moved takes one more
 
 
 @contextmanager
@@ -52,6 +53,15 @@ class Roots:
     def commit(self) -> None:
         """Make all that was changed so far stable, counts too."""
         self.writer.commits.flush()
+
+    def settle(self) -> None:
+        """Let nothing be left for later commits: counts that fall when one is stable, and those that follow from it."""
+        for _ in range(_MOST_COMMITS):
+            self.commit()
+            if not (self.tables.drops or self.tables.refcounts.dirty_bytes):
+                return
+        raise StorageError(f"'{self.layer.name}' has counts that could not be written, expected none after "
+                           f"{_MOST_COMMITS} commits")
 
     def sync(self) -> None:
         """One barrier."""

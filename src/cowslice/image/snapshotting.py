@@ -11,10 +11,11 @@ import time
 from array import array
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 from cowslice.errors import BadOption, UnsupportedImage
 from cowslice.format.limits import MAX_SNAPSHOTS
-from cowslice.format.snapshots import Snapshot, encode_snapshot_extra, encode_snapshot_table
+from cowslice.format.snapshots import MIN_EXTRA_V3, Snapshot, encode_snapshot_extra, encode_snapshot_table
 from cowslice.format.words import pack_words, unpack_words
 from cowslice.image.roots import Roots, alone, without_copied
 from cowslice.image.snapshots import check_usable, find_snapshot, load_snapshot_l1, load_snapshots, read_l1
@@ -124,6 +125,23 @@ class Snapshotting:
             roots.forget(header.l1_table_offset, header.l1_size * 8)
             roots.commit()
 
+    def complete(self) -> None:
+        """Let each record say the size of its VM state and of its disk, as version 3 demands. It is stable then.
+
+        Raises MalformedImage, NoSpace, StorageError; then the table is as before.
+        """
+        with alone(self.writer) as roots, ExitStack() as undo:
+            before = self._snapshots()
+            after = [_completed(one, self.layer.size) for one in before]
+            if after == list(before):
+                return
+            roots.commit()
+            table = self._place_table(roots, after, undo)
+            roots.commit()
+            undo.pop_all()
+            self._switch_table(roots, before, table, len(after))
+            roots.settle()
+
     def finish(self) -> None:
         """Set COPIED where an operation that failed has left it off. Raises StorageError."""
         if self._uneven and self.writer.commits.fault is None:
@@ -176,6 +194,14 @@ class Snapshotting:
             raise UnsupportedImage(
                 f"the disk had {size} bytes when the snapshot was taken and has {self.layer.size} now, and a version 2 "
                 "image with snapshots cannot change its size", features=("resize with snapshots",))
+
+
+def _completed(snapshot: Snapshot, size: int) -> Snapshot:
+    """The record with the fields of version 3; where it does not say how large the disk was, it was `size`."""
+    if len(snapshot.extra) >= MIN_EXTRA_V3:
+        return snapshot
+    _, extra = encode_snapshot_extra(vm_state_size=snapshot.vm_state_size, disk_size=size)
+    return replace(snapshot, extra=extra)
 
 
 def _check_name(name: str) -> None:

@@ -6,7 +6,8 @@ bytes must never overwrite is fenced; autoclear bits that are not kept true are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cowslice.errors import CorruptImage, ReadOnly, UnsupportedImage
@@ -14,7 +15,7 @@ from cowslice.format.entries import L1_OFFSET_MASK
 from cowslice.format.header import Autoclear
 from cowslice.format.words import unpack_words
 from cowslice.image.allocator import Allocator
-from cowslice.image.chain import Chain
+from cowslice.image.chain import Chain, open_chain
 from cowslice.image.commit import Commits
 from cowslice.image.fastpath import FastPath
 from cowslice.image.fences import Fences
@@ -22,7 +23,7 @@ from cowslice.image.freespace import FreeSpace
 from cowslice.image.gate import shown
 from cowslice.image.headerswitch import switch_header
 from cowslice.image.layer import Layer
-from cowslice.image.options import OpenOptions
+from cowslice.image.options import OpenOptions, Source
 from cowslice.image.passage import Passage
 from cowslice.image.qcow2 import Qcow2Layer
 from cowslice.image.refcounts import Refcounts
@@ -61,6 +62,26 @@ def open_writes(chain: Chain, options: OpenOptions, fast: FastPath | None) -> Wr
 
     writer.resizing, writer.resized = tracking.resizing, resized
     return Qcow2Writes(writer, tracking, DiscardRules(keep_reference=options.discard_no_unref))
+
+
+@contextmanager
+def opened_writer(source: Source, options: OpenOptions) -> Iterator[Writer]:
+    """The writer of an image that nobody reads meanwhile, for changes of its metadata; closed clean at the end.
+
+    Raises the errors of opening, and StorageError.
+    """
+    chain = open_chain(source, options, options.on_warning or _unheard)
+    with chain.stack:
+        writer = open_writer(chain.layers, refcount_budget=chain.refcount_budget, slice_budget=chain.cache.budget)
+        try:
+            yield writer
+        finally:
+            if writer.commits.fault is None:
+                writer.commits.finish()
+
+
+def _unheard(warning: str) -> None:
+    """Nobody asked."""
 
 
 def open_writer(layers: Sequence[Layer], *, refcount_budget: int, slice_budget: int) -> Writer:
