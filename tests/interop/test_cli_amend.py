@@ -11,7 +11,7 @@ import pytest
 
 from cowslice.format.snapshots import decode_snapshot_table, encode_snapshot_table
 from cowslice.testing import peers
-from cowslice.testing.commandline import cowslice
+from cowslice.testing.commandline import Said, cowslice
 
 pytestmark = peers.needs("qemu-img", "qemu-io")
 
@@ -157,6 +157,16 @@ def test_a_width_too_narrow_for_a_count_is_refused_with_the_cluster(tmp_path: Pa
     assert "No errors" in peers.qemu_img("check", image)
 
 
+def test_bitmaps_stay_as_they_are(tmp_path: Path) -> None:
+    image = made(tmp_path / "image", "compat=1.1")
+    peers.qemu_img("bitmap", "--add", image, "b0")
+    peers.qemu_io(image, "write -P 6 1M 64k")
+    before = facts(image)["format-specific"]["data"]["bitmaps"]
+    assert cowslice("amend", "-o", "refcount_bits=64,lazy_refcounts=on,size=4M", image).status == 0
+    assert facts(image)["format-specific"]["data"]["bitmaps"] == before
+    assert "No errors" in peers.qemu_img("check", image)
+
+
 def test_a_version_2_snapshot_without_its_disk_size_gets_one(tmp_path: Path) -> None:
     image = made(tmp_path / "image", "compat=0.10")
     peers.qemu_img("snapshot", "-c", "one", image)
@@ -176,6 +186,90 @@ def strip_extra(image: Path) -> None:
     table = encode_snapshot_table(bare)
     raw[at : at + len(table)] = table
     image.write_bytes(raw)
+
+
+def encrypted(path: Path) -> Path:
+    make_luks(path, "old", MiB)
+    with_secret(path, "old", "write -P 5 70k 200k")
+    return path
+
+
+def make_luks(path: Path, secret: str, size: int) -> None:
+    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,encrypt.cipher-alg=aes-128"
+    peers.qemu_img("create", "-q", "--object", f"secret,id=s,data={secret}", "-f", "qcow2", "-o", options, path, size)
+
+
+def opened(path: Path, secret: str) -> list[str]:
+    return ["--object", f"secret,id=s,data={secret}", "--image-opts",
+            f"driver=qcow2,file.driver=file,file.filename={path},encrypt.key-secret=s"]
+
+
+def with_secret(path: Path, secret: str, *commands: str, expect: int = 0) -> str:
+    *options, name = opened(path, secret)
+    return peers.qemu_io(name, *commands, image_format=None, options=options, expect=expect)
+
+
+def amended(path: Path, secret: str, change: str, *flags: str) -> Said:
+    return cowslice("amend", "--object", "secret,id=n,data=new", "--object", "secret,id=o,data=old", "-o", change,
+                    *flags, *opened(path, secret))
+
+
+def slots(path: Path) -> list[bool]:
+    known = peers.qemu_img_json("info", path)["format-specific"]["data"]["encrypt"]["slots"]
+    return [bool(slot["active"]) for slot in known]
+
+
+@pytest.mark.parametrize("number", [1, 6, 7])
+def test_another_passphrase_opens_the_image_and_an_erased_one_does_not(tmp_path: Path, number: int) -> None:
+    image = encrypted(tmp_path / "image")
+    said = amended(image, "old", f"encrypt.state=active,encrypt.new-secret=n,encrypt.keyslot={number},"
+                                 "encrypt.iter-time=10")
+    assert (said.status, said.err) == (0, "")
+    with_secret(image, "old", "read -P 5 70k 200k")
+    with_secret(image, "new", "read -P 5 70k 200k")
+    assert slots(image)[number]
+    said = amended(image, "new", "encrypt.state=inactive,encrypt.old-secret=o")
+    assert (said.status, said.err) == (0, "")
+    with_secret(image, "new", "read -P 5 70k 200k")
+    with_secret(image, "old", "read 0 512", expect=1)
+    assert sum(slots(image)) == 1
+    assert "No errors" in peers.qemu_img("check", *opened(image, "new"))
+
+
+def test_qemu_changes_the_slots_that_we_made_further(tmp_path: Path) -> None:
+    image = encrypted(tmp_path / "image")
+    assert amended(image, "old", "encrypt.state=active,encrypt.new-secret=n,encrypt.iter-time=10").status == 0
+    peers.qemu_img("amend", "-o", "encrypt.state=inactive,encrypt.keyslot=0", *opened(image, "new"))
+    said = amended(image, "new", "encrypt.state=active,encrypt.new-secret=o,encrypt.keyslot=0,encrypt.iter-time=10")
+    assert (said.status, said.err) == (0, "")
+    with_secret(image, "old", "read -P 5 70k 200k")
+
+
+def test_what_would_lose_a_key_needs_force(tmp_path: Path) -> None:
+    image = encrypted(tmp_path / "image")
+    before = image.read_bytes()
+    for change in ("encrypt.state=inactive,encrypt.keyslot=0", "encrypt.state=inactive,encrypt.old-secret=o",
+                   "encrypt.state=active,encrypt.new-secret=n,encrypt.keyslot=0",
+                   "encrypt.state=inactive,encrypt.keyslot=3", "encrypt.state=inactive", "encrypt.state=active",
+                   "encrypt.state=active,encrypt.new-secret=n,encrypt.keyslot=8", "encrypt.keyslot=1",
+                   "encrypt.state=inactive,encrypt.keyslot=0,encrypt.new-secret=n"):
+        assert amended(image, "old", change).status == 64, change
+    assert amended(image, "old", "encrypt.state=inactive,encrypt.keyslot=0,encrypt.old-secret=n", "--force").status == 1
+    assert image.read_bytes() == before
+    assert amended(image, "old", "encrypt.state=active,encrypt.new-secret=n,encrypt.keyslot=0,encrypt.iter-time=10",
+                   "--force").status == 0
+    with_secret(image, "new", "read -P 5 70k 200k")
+    assert sum(slots(image)) == 1
+    assert amended(image, "new", "encrypt.state=inactive,encrypt.keyslot=0", "--force").status == 0
+    assert sum(slots(image)) == 0
+
+
+def test_an_image_without_luks_has_no_key_slots(tmp_path: Path) -> None:
+    image = made(tmp_path / "image", "compat=1.1")
+    said = cowslice("amend", "--object", "secret,id=n,data=new", "-o", "encrypt.state=active,encrypt.new-secret=n",
+                    image)
+    assert said.status == 64
+    assert "has key slots" in said.err
 
 
 def test_help_lists_what_can_be_changed(tmp_path: Path) -> None:

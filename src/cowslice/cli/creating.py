@@ -5,7 +5,7 @@ It does not make anything. Keys are those of qemu-img; a key may be given twice,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,13 @@ KEYS = {
     "refcount_bits": Key("refcount_bits", "number", "1, 2, 4 ... 64; 16"),
     "size": Key("size", "size", "size of the disk", raw=True),
 }
+SLOT_KEYS = {
+    "encrypt.iter-time": KEYS["encrypt.iter-time"],
+    "encrypt.keyslot": Key("keyslot", "number", "0 to 7; by default the first free one, or those of old-secret"),
+    "encrypt.new-secret": Key("new_secret", "secret", "id of the --object secret with another passphrase"),
+    "encrypt.old-secret": Key("old_secret", "secret", "id of the --object secret with the one to erase"),
+    "encrypt.state": Key("state", "text", "active adds a passphrase, inactive erases one"),
+}
 
 
 def say_keys(format_name: str) -> None:
@@ -73,14 +80,19 @@ def check_format(name: str, what: str) -> None:
         raise BadOption(f"{what} is '{name}', expected qcow2 or raw")
 
 
-def parse_keys(format_name: str, texts: Iterable[str], objects: Iterable[str]) -> dict[str, Any]:
-    """The fields of CreateOptions, and `size` as text, that the -o arguments give. Raises BadOption."""
+def parse_keys(
+    format_name: str, texts: Iterable[str], objects: Iterable[str], *, more: Mapping[str, Key] | None = None
+) -> dict[str, Any]:
+    """The fields of CreateOptions and of `more` keys, and `size` as text, that the -o arguments give.
+
+    Raises BadOption.
+    """
     given: dict[str, str] = {}
     for text in texts:
         given.update(parse_keyval(text, "-o"))
     if "encryption" in given and "encrypt.format" in given:
         raise BadOption("-o has both encryption and encrypt.format, expected one of them")
-    keys = dict(_keys_of(format_name))
+    keys = dict(_keys_of(format_name)) | dict(more or {})
     fields: dict[str, Any] = {}
     for name, value in given.items():
         if name not in keys:
@@ -126,4 +138,4 @@ def _read(key: Key, name: str, value: str, objects: Iterable[str]) -> Any:
         if not value.isascii() or not value.isdigit():
             raise BadOption(f"{name} is '{value}', expected a whole number")
         return int(value[:20])
-    return secret_of(value, objects) if key.kind == "secret" else value
+    return secret_of(value, objects, name) if key.kind == "secret" else value

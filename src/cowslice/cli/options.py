@@ -196,7 +196,7 @@ def _taken_options(options: dict[str, str], given: Given) -> dict[str, Any]:
     return fields
 
 
-def secret_of(name: str, objects: Iterable[str]) -> bytes:
+def secret_of(name: str, objects: Iterable[str], key: str = "encrypt.key-secret") -> bytes:
     """The passphrase of the --object that has this id. Raises BadOption when there is none, or it cannot be used."""
     for text in objects:
         kind, _, rest = text.partition(",")
@@ -205,7 +205,7 @@ def secret_of(name: str, objects: Iterable[str]) -> bytes:
         fields = parse_keyval(rest, "--object")
         if fields.get("id") == name:
             return _secret_bytes(fields)
-    raise BadOption(f"encrypt.key-secret is '{name}', expected the id of an --object secret",
+    raise BadOption(f"{key} is '{name}', expected the id of an --object secret",
                     hint=f"Add --object secret,id={name},file=PATH.")
 
 

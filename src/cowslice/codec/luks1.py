@@ -138,6 +138,23 @@ def unlock(
     raise CryptoError(f"none of the {len(active)} active key slots of the LUKS header opens with this passphrase")
 
 
+def slots_of(
+    header: LuksHeader, passphrase: bytes, read: Callable[[int, int], bytes], *, max_rounds: int = DEFAULT_ROUNDS
+) -> list[int]:
+    """The numbers of all active slots that `passphrase` opens. Arguments and errors are those of `unlock`."""
+    found = []
+    for number, slot in enumerate(header.slots):
+        if not slot.active:
+            continue
+        rounds = slot_rounds(header, slot)
+        if rounds > max_rounds:
+            raise _too_costly(number, rounds, max_rounds)
+        max_rounds -= rounds
+        if _open_slot(header, slot, passphrase, read) is not None:
+            found.append(number)
+    return found
+
+
 def slot_rounds(header: LuksHeader, slot: KeySlot) -> int:
     """Hash rounds that trying one slot takes: PBKDF2 derives one digest's length of key at a time."""
     length = hash_length(header.hash_name)

@@ -1,4 +1,4 @@
-"""Change what kind of qcow2 image a file is: its version, refcount width, lazy refcounts, size and data file.
+"""Change what kind of qcow2 image a file is: its version, key slots, refcount width, size and data file.
 
 It does not know terminals. Each change is whole and stable by itself, in an order in which every one leaves a sound
 image; what was refused is refused before the first.
@@ -19,12 +19,13 @@ from cowslice.image.expanding import expand_zeros
 from cowslice.image.gate import shown
 from cowslice.image.headerswitch import rearranged, switch_first_cluster
 from cowslice.image.image import Image
+from cowslice.image.keys import passphrase_of
 from cowslice.image.options import OpenOptions
 from cowslice.image.qcow2 import Qcow2Layer
 from cowslice.image.recounting import change_width, forget_structures
 from cowslice.image.snapshotting import Snapshotting
 from cowslice.image.writable import opened_writer
-from cowslice.ops.amendrules import Amendment, check_amendment
+from cowslice.ops.amendrules import Amendment, check_amendment, slots_of
 from cowslice.ops.opening import mend_dirty
 from cowslice.units import SECTOR, round_up
 
@@ -61,6 +62,10 @@ def amend(path: str, options: OpenOptions, wanted: Amendment, *, progress: Progr
             image.resize(round_up(wanted.size, SECTOR))
     if wanted.version == 2 and header.version == 3:
         _downgrade(path, options, progress)
+    if wanted.keys is not None:  # last: the secret that was given may open nothing afterwards
+        with Image(path, options) as image:
+            slots = slots_of(image, max_rounds=options.max_key_rounds)
+            slots.change(wanted.keys, passphrase_of(options.secret, path))
 
 
 def _upgrade(path: str, options: OpenOptions) -> None:

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cowslice.errors import BadOption, UnsupportedImage
-from cowslice.format.extensions import ExtensionType, last_of
 from cowslice.format.header import Autoclear, Header
 from cowslice.format.limits import REFCOUNT_ORDER_V2
 from cowslice.image.createoptions import COMPATS
 from cowslice.image.expanding import has_compressed
 from cowslice.image.gate import shown
 from cowslice.image.image import Image
+from cowslice.image.keyslots import KeyChange, KeySlots
 from cowslice.image.qcow2 import Qcow2Layer
 from cowslice.units import SECTOR, is_power_of_two, round_up
 
@@ -32,6 +32,7 @@ class Amendment:
     data_file: str | None = None
     data_file_raw: bool | None = None
     refcount_bits: int | None = None
+    keys: KeyChange | None = None
 
     def __post_init__(self) -> None:
         if self.compat is not None and self.compat not in COMPATS:
@@ -54,6 +55,8 @@ def check_amendment(image: Image, wanted: Amendment) -> None:
     version = wanted.version or header.version
     _check_size(image, wanted)
     _check_data_file(header, wanted, name)
+    if wanted.keys is not None:
+        slots_of(image).check(wanted.keys)
     if wanted.lazy_refcounts and version == 2:
         raise BadOption("lazy_refcounts is on, but needs version 3, expected compat 1.1")
     bits = wanted.refcount_bits or header.geometry.refcount_bits
@@ -64,6 +67,14 @@ def check_amendment(image: Image, wanted: Amendment) -> None:
     if version == 2 and header.version == 3:
         for reason in _kept_in_version_3(image, header, wanted):
             raise _stays(name, 3, reason)
+
+
+def slots_of(image: Image, *, max_rounds: int | None = None) -> KeySlots:
+    """The key slots of an image. Raises BadOption where it has none, MalformedImage, StorageError."""
+    pointer = image.first_cluster and image.first_cluster.crypto
+    if not pointer:
+        raise BadOption(f"'{shown(image.path)}' is not encrypted with LUKS, expected an image that has key slots")
+    return KeySlots(image.layers[0].storage, pointer, max_rounds=max_rounds)
 
 
 def _check_size(image: Image, wanted: Amendment) -> None:
@@ -80,14 +91,12 @@ def _check_data_file(header: Header, wanted: Amendment, name: str) -> None:
 
 
 def _kept_in_version_3(image: Image, header: Header, wanted: Amendment) -> Iterator[str]:
-    first, top = image.first_cluster, image.layers[0]
-    assert first is not None
+    top = image.layers[0]
     assert isinstance(top, Qcow2Layer)
     size = image.size if wanted.size is None else round_up(wanted.size, SECTOR)
-    bitmaps = header.autoclear & Autoclear.BITMAPS and last_of(first.extensions, ExtensionType.BITMAPS)
     for has, what in (
         (header.has_data_file, "an external data file"), (header.extended_l2, "extended L2 entries"),
-        (bool(bitmaps), "dirty bitmaps"),
+        (bool(image.bitmaps), "dirty bitmaps"),
         (any(one.disk_size not in (None, size) for one in image.snapshots), "snapshots of another size of the disk"),
         (any(one.vm_state_size > _MAX_STATE_V2 for one in image.snapshots), "a snapshot with 4 GiB of VM state"),
     ):  # fmt: skip
