@@ -74,12 +74,12 @@ def command(
     size = None if granularity is None else parse_size(granularity, "-g")
     given = Given(format_name=format_name, image_opts=image_opts, objects=objects, allowed=allowed, allow_any=allow_any)
     if wants_list:
-        with open_image(file, given, warmup="off", backing=None) as disk:
+        with open_image(file, given, metadata_only=True, warmup="off") as disk:
             _say(disk, as_json=output == "json")
         return
     assert bitmap is not None
     source = Given(format_name=source_format, objects=objects, allowed=allowed, allow_any=allow_any)
-    with open_image(file, given, writable=True, warmup="off", backing=None) as disk:
+    with open_image(file, given, writable=True, metadata_only=True, warmup="off") as disk:
         sources = iter(merge)
         for action in actions:
             if action == "merge":
@@ -94,7 +94,7 @@ def _merge(disk: Image, bitmap: str, name: str, file: str | None, given: Given) 
     if file is None:
         disk.merge_bitmap(bitmap, name)
         return
-    with open_image(file, given, warmup="off", backing=None) as other:
+    with open_image(file, given, metadata_only=True, warmup="off") as other:
         disk.merge_bitmap(bitmap, name, other)
 
 

@@ -424,6 +424,8 @@ class Image(DiskBitmaps):
     def _for_writing(self) -> Writes:
         if self._writes is None:
             raise ReadOnly(f"cannot write to '{self.path}': it was opened for reading only")
+        if self._fast is None:
+            raise RequestError(f"'{self.path}' was opened for its metadata only, so its data cannot be changed")
         return self._writes
 
     def _refusal(self, offset: int) -> RequestError:
@@ -462,7 +464,7 @@ def open_image(source: Source, mode: str = "r", **options: Unpack[OpenKeywords])
         of format backing_format. data_file: replaces the external data file.
     snapshot: id or name of the internal snapshot to show. secret: passphrase of an encrypted image, or a function that
         gives it for a file's name; max_key_rounds bounds what its key slots may make us compute.
-    metadata_only: open neither backing nor data file nor key; only maps can be read.
+    metadata_only: open neither backing nor data file nor key; only maps can be read, and bitmaps changed.
     discard: "unmap" gives the space of discarded clusters back, "ignore" makes `discard` do nothing.
         discard_no_unref: a discarded cluster stays with its guest cluster. detect_zeroes: "on" and "unmap" look for
         zeros in what is written, and keep or free their space.

@@ -120,7 +120,7 @@ class OpenOptions:
         if not self.writable:
             return
         for name, given in (("snapshot", self.snapshot is not None), ("force_share", self.force_share),
-                            ("metadata_only", self.metadata_only), ("backing", self.backing is None)):
+                            ("backing", self.backing is None)):
             if given:
                 raise BadOption(f"{name} is given, expected it only with mode 'r'")
 

@@ -17,6 +17,7 @@ from cowslice.format.words import unpack_words
 from cowslice.image.allocator import Allocator
 from cowslice.image.chain import Chain, open_chain
 from cowslice.image.commit import Commits
+from cowslice.image.dirtybits import Marks
 from cowslice.image.fastpath import FastPath
 from cowslice.image.fences import Fences
 from cowslice.image.freespace import FreeSpace
@@ -42,26 +43,41 @@ _KEPT_TRUE = Autoclear.BITMAPS | Autoclear.RAW_EXTERNAL
 
 
 def open_writes(chain: Chain, options: OpenOptions, fast: FastPath | None) -> Writes:
-    """The changing half of a chain whose top file is open for writing. Raises ImageError, StorageError."""
-    assert fast is not None
+    """The changing half of a chain whose top file is open for writing. Raises ImageError, StorageError.
+
+    Without a compiled path the caller changes bitmaps only.
+    """
     top = chain.layers[0]
     if not isinstance(top, Qcow2Layer):
         passage, fences = Passage(), Fences()
-        fast.make_writable(passage, fences)
-        return RawWrites(top, passage, fast.resize)
+        if fast is not None:
+            fast.make_writable(passage, fences)
+        return RawWrites(top, passage, _ignore if fast is None else fast.resize)
     writer = open_writer(chain.layers, refcount_budget=chain.refcount_budget, slice_budget=chain.cache.budget)
-    fast.make_writable(writer.tables.passage, writer.tables.fences)
-    fast.writes_in_place = options.detect_zeroes == "off"
-    tracking = Tracking(writer, fast.marks)
+    if fast is not None:
+        fast.make_writable(writer.tables.passage, writer.tables.fences)
+        fast.writes_in_place = options.detect_zeroes == "off"
+    return Qcow2Writes(writer, _tracking(writer, options, fast),
+                       DiscardRules(keep_reference=options.discard_no_unref))
+
+
+def _tracking(writer: Writer, options: OpenOptions, fast: FastPath | None) -> Tracking:
+    """The bitmaps of the image, told of every change and of every size."""
+    tracking = Tracking(writer, Marks() if fast is None else fast.marks)
     if tracking.warning and options.on_warning is not None:
         options.on_warning(tracking.warning)
 
     def resized(size: int) -> None:
-        fast.resize(size)
+        if fast is not None:
+            fast.resize(size)
         tracking.resized(size)
 
     writer.resizing, writer.resized = tracking.resizing, resized
-    return Qcow2Writes(writer, tracking, DiscardRules(keep_reference=options.discard_no_unref))
+    return tracking
+
+
+def _ignore(size: int) -> None:
+    """Nobody needs to know."""
 
 
 @contextmanager

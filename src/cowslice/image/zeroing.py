@@ -53,6 +53,7 @@ class Zeroing:
         """Make the span read as zeros. `keep` holds on to host clusters, so that later writes need no allocation."""
         if not length:
             return
+        self._track(offset, length)
         end = offset + length
         unit = self._size if self._old else self._geometry.subcluster_size
         first, last = round_up(offset, unit), end // unit * unit
@@ -76,14 +77,18 @@ class Zeroing:
             last = round_up(end, self._size)
         if first >= last or (self._old and self.writer.covered(first >> self._bits)):
             return
+        self._track(first, min(last, self.writer.layer.size) - first)
         self._blank(first, last, keep=self.rules.keep_reference, punch=True)
+
+    def _track(self, offset: int, length: int) -> None:
+        """All that was asked counts as changed, also what reads as zeros already: so QEMU does it."""
+        if self.writer.track is not None:
+            self.writer.track(offset, length)
 
     def _blank(self, offset: int, end: int, *, keep: bool, punch: bool = False) -> None:
         """Let the entries say zeros for whole (sub)clusters."""
         writer = self.writer
         writer.commits.check()
-        if writer.track is not None:
-            writer.track(offset, min(end, writer.layer.size) - offset)
         if self._raw_data:
             writer.layer.data.zero(offset, min(end, writer.layer.size) - offset)
             if writer.layer.cipher is None:

@@ -330,6 +330,17 @@ def test_bitmaps_change_only_where_they_can_be() -> None:
         disk.add_bitmap("b")
 
 
+def test_an_image_opened_for_its_metadata_has_bitmaps_that_change_and_data_that_does_not() -> None:
+    storage = image("b")
+    with cowslice.open(storage, "r+", format="qcow2", metadata_only=True) as disk:
+        disk.add_bitmap("new")
+        for change in (lambda: disk.write(0, b"x"), lambda: disk.zero(0, G), lambda: disk.resize(2 * SIZE)):
+            with pytest.raises(cowslice.RequestError, match="metadata only"):
+                change()
+    assert on_disk(storage) == {b"b": 2, b"new": 2}
+    assert marked(storage) == []
+
+
 def test_an_unknown_bitmap_is_refused_with_the_known_ones() -> None:
     with writing(image("b")) as disk, pytest.raises(BadOption, match="expected one of 'b'"):
         disk.clear_bitmap("c")
