@@ -236,3 +236,36 @@ def test_bitmaps_of_an_image_with_a_data_file_are_kept(tmp_path: Path) -> None:
         disk.zero(2 * MiB, 64 * KiB)
     assert theirs(path, "day") == ours(path, "day") == [(MiB, 64 * KiB), (2 * MiB, 64 * KiB)]
     assert "No errors" in peers.qemu_img("check", path)
+
+
+@pytest.mark.parametrize("words", [
+    ["--add", "--merge", "missing", "PATH", "new"], ["--clear", "--add", "PATH", "day"],
+    ["--disable", "--remove", "--enable", "PATH", "day"], ["--add", "--add", "PATH", "new"],
+    ["--add", "-g", "768", "PATH", "new"], ["--remove", "--merge", "kept", "PATH", "day"],
+    ["--remove", "--add", "--merge", "kept", "PATH", "day"],
+], ids=" ".join)
+def test_of_several_actions_those_before_the_one_that_fails_stay_done(words: list[str], tmp_path: Path) -> None:
+    mine, other = make(tmp_path / "mine"), make(tmp_path / "other")
+    for path in (mine, other):
+        peers.qemu_img("bitmap", "--add", path, "day")
+        peers.qemu_img("bitmap", "--add", "-g", "4k", path, "kept")
+        peers.qemu_io(path, "write 1M 512")
+    status = cowslice("bitmap", *(mine if one == "PATH" else one for one in words)).status
+    expected = peers.run("qemu-img", "bitmap", *(other if one == "PATH" else one for one in words), expect=None)
+    assert (status == 0) == (expected.returncode == 0)
+    assert listed(mine) == listed(other)
+    for name in (one["name"] for one in listed(other)):
+        assert theirs(mine, name) == theirs(other, name) == ours(mine, name)
+    assert "No errors" in peers.qemu_img("check", mine)
+
+
+def test_bitmaps_of_an_encrypted_image_named_by_its_options_are_changed(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    secret = ["--object", "secret,id=key,data=words"]
+    peers.qemu_img("create", "-q", "-f", "qcow2", *secret, "-o",
+                   "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10", path, MiB)
+    opts = f"driver=qcow2,encrypt.key-secret=key,file.filename={path}"
+    said = cowslice("bitmap", *secret, "--image-opts", "--add", "--disable", opts, "day")
+    assert said.status == 0, said.err
+    peers.qemu_img("bitmap", *secret, "--image-opts", "--enable", opts, "day")
+    assert [(one["name"], one["flags"]) for one in listed(path)] == [("day", ["auto"])]

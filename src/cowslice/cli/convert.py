@@ -48,6 +48,7 @@ class Wish:
     backing_format: str | None = None
     compress: bool = False
     replace_data_file: bool = False
+    bitmaps: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class There:
     image_opts: bool
     is_zero: bool
     compress: bool
+    bitmaps: bool
 
 
 @click.command("convert", epilog=EPILOG)
@@ -69,6 +71,9 @@ class There:
 @click.option("-F", "backing_format", metavar="FORMAT", help="Format of that backing file.")
 @click.option("-c", "compress", is_flag=True, help="Compress each cluster of a qcow2 target.")
 @click.option("--replace-data-file", is_flag=True, help="Empty a data file of the target that is there already.")
+@click.option("--bitmaps", is_flag=True, help="Copy the persistent bitmaps of SOURCE as well.")
+@click.option("--skip-broken-bitmaps", "skip_broken", is_flag=True, help="With --bitmaps: warn of those that cannot be "
+              "used, and copy the others.")
 @click.option("-S", "sparse", metavar="SIZE",
               help="Zeros of at least this size become a hole; 0 writes everything.  [default: 4k]")
 @click.option("-C", "offload", is_flag=True, help="Let the system copy into a raw target what lies plainly in files; "
@@ -94,13 +99,14 @@ class There:
 @click.argument("target")
 def command(
     sources: tuple[str, ...], target: str, format_name: str | None, target_format: str | None, texts: tuple[str, ...],
-    backing: str | None, backing_format: str | None, compress: bool, replace_data_file: bool, sparse: str | None,
-    offload: bool, rate: str, workers: int, progress: bool, snapshot: str | None, existing: bool,
-    target_image_opts: bool, target_is_zero: bool, salvage: bool, target_cache: str, source_cache: str,
-    out_of_order: bool, image_opts: bool, objects: tuple[str, ...], force_share: bool, quiet: bool,
-    allowed: tuple[str, ...], allow_any: bool,
+    backing: str | None, backing_format: str | None, compress: bool, replace_data_file: bool, bitmaps: bool,
+    skip_broken: bool, sparse: str | None, offload: bool, rate: str, workers: int, progress: bool,
+    snapshot: str | None, existing: bool, target_image_opts: bool, target_is_zero: bool, salvage: bool,
+    target_cache: str, source_cache: str, out_of_order: bool, image_opts: bool, objects: tuple[str, ...],
+    force_share: bool, quiet: bool, allowed: tuple[str, ...], allow_any: bool,
 ) -> int | None:
     """Copy the disks SOURCE, one behind another, into TARGET; a raw one may be '-', standard output."""
+    from cowslice.ops.bitmapcopy import check_bitmaps
     from cowslice.ops.convert import ConvertOptions
 
     if target_image_opts and (target_format or not existing):
@@ -114,7 +120,9 @@ def command(
     if asks_for_keys(texts):
         say_keys(target_format)
         return None
-    wish = Wish(texts, backing, backing_format, compress, replace_data_file)
+    if skip_broken and not bitmaps:
+        raise BadOption("--skip-broken-bitmaps speaks of bitmaps that are copied, expected --bitmaps beside it")
+    wish = Wish(texts, backing, backing_format, compress, replace_data_file, bitmaps)
     _refuse("qcow2" if target_image_opts else target_format, wish, sources, target, snapshot=snapshot,
             existing=existing, target_is_zero=target_is_zero)
     options = ConvertOptions(workers=workers, sparse=parse_size(sparse or "4k", "-S"), salvage=salvage,
@@ -128,8 +136,10 @@ def command(
             disks = [stack.enter_context(open_image(source, given, warmup="off", decompressed_cache_size=0,
                                                     snapshot=snapshot_name(snapshot)))
                      for source in sources]
+            if bitmaps:
+                check_bitmaps(disks[0], skip_broken=skip_broken)
             if target_image_opts or (target_format == "qcow2" and existing):
-                there = There(target_image_opts, target_is_zero, compress)
+                there = There(target_image_opts, target_is_zero, compress, bitmaps)
                 _convert_into(disks, target, options, given, there, progress=progress and not quiet)
                 return None
             if target_format == "qcow2":
@@ -173,7 +183,8 @@ def _refuse(
     if target_format == "qcow2":
         _refuse_qcow2(wish, sources, target, existing=existing)
     elif wish != Wish():
-        raise BadOption("-o, -B, -F, -c and --replace-data-file are for qcow2 targets, expected -O qcow2 beside them")
+        raise BadOption("-o, -B, -F, -c, --bitmaps and --replace-data-file are for qcow2 targets, expected -O qcow2 "
+                        "beside them")
     if len(sources) > 1 and snapshot:
         raise BadOption("-l names a snapshot of one disk, but there are several sources")
     if target_is_zero and not existing:
@@ -185,12 +196,14 @@ def _refuse(
 
 
 def _refuse_qcow2(wish: Wish, sources: tuple[str, ...], target: str, *, existing: bool) -> None:
-    if existing and wish != Wish(compress=wish.compress):
+    if existing and wish != Wish(compress=wish.compress, bitmaps=wish.bitmaps):
         raise BadOption("-n takes an image as it is, expected no -o, -B, -F or --replace-data-file beside it")
     if target == "-":
         raise BadOption("a qcow2 image is not written front to back, expected a file, not standard output")
     if len(sources) > 1 and wish.backing is not None:
         raise BadOption("-B names a backing file of one disk, but there are several sources")
+    if len(sources) > 1 and wish.bitmaps:
+        raise BadOption("--bitmaps copies those of one disk, but there are several sources")
 
 
 def _refuse_offload(*, compress: bool, sparse: str | None, salvage: bool) -> None:
@@ -204,6 +217,7 @@ def _convert_into(
 ) -> None:
     """Write over an image that is there; its backing and data files pass the gate as those of a source do."""
     from cowslice.cli.progress import maybe_shown
+    from cowslice.ops.bitmapcopy import check_target, copy_bitmaps
     from cowslice.ops.compressedinto import convert_compressed_into
     from cowslice.ops.convert import convert
     from cowslice.ops.imagetarget import ImageTarget
@@ -213,11 +227,15 @@ def _convert_into(
                 allowed=given.allowed, allow_any=given.allow_any)
     refuse_sources(name_image(target, how).name, descriptors(disks))
     with open_image(target, how, writable=True, warmup="off") as image, maybe_shown("converting", progress) as advance:
+        if there.bitmaps:
+            check_target(disks[0], image)
         if there.compress:
             convert_compressed_into(disks, image, options, target_is_zero=there.is_zero, progress=advance)
-            return
-        wanted = ImageTarget(image, sum(disk.size for disk in disks), is_zero=there.is_zero)
-        convert(disks, wanted, options, progress=advance, warn=warn)
+        else:
+            wanted = ImageTarget(image, sum(disk.size for disk in disks), is_zero=there.is_zero)
+            convert(disks, wanted, options, progress=advance, warn=warn)
+        if there.bitmaps:
+            copy_bitmaps(disks[0], image, warn=warn)
 
 
 def copy_to_qcow2(
@@ -238,6 +256,8 @@ def copy_to_qcow2(
     join(fields, "backing_format", wish.backing_format, "-F")
     made = create_options("qcow2", fields, allowed=given.allowed, allow_any=given.allow_any, sync=sync,
                           replace_data_file=wish.replace_data_file)
+    if wish.bitmaps and made.version < 3:
+        raise BadOption("--bitmaps needs a target of version 3, expected no compat=0.10 beside it")
     if wish.compress:
         check_compressible(made)
     refuse_sources(target, descriptors(disks))
@@ -246,7 +266,7 @@ def copy_to_qcow2(
     backing_size = check_backing(made, target) if made.backing_file is not None else 0
     with maybe_shown("converting", progress) as advance, new_image(target, size, made) as image:
         convert_to_qcow2(disks, image, options, made, compress=wish.compress, backing_size=backing_size,
-                         progress=advance, warn=warn)
+                         bitmaps=wish.bitmaps, progress=advance, warn=warn)
 
 
 def descriptors(disks: list[Image]) -> list[int]:

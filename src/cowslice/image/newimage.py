@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 from cowslice.errors import BadOption
 from cowslice.format.entries import encode_l1
-from cowslice.format.extensions import Extension
+from cowslice.format.extensions import BitmapsPointer, Extension, with_extension
 from cowslice.format.first_cluster import encode_first_cluster, lay_out
 from cowslice.format.geometry import Geometry
-from cowslice.format.header import Header
+from cowslice.format.header import Autoclear, Header
 from cowslice.format.limits import MAX_HOST_OFFSET, MAX_REFTABLE_BYTES
 from cowslice.format.refcounts import counted_once, set_refcount
 from cowslice.format.words import pack_words
@@ -52,7 +52,8 @@ class NewImage:
     """Host clusters of a file under construction. Methods may be called by many threads; `finish` once, at the end.
 
     `storage` is empty, or anything at all when the blueprint is not `blank`. `data` is where guest data goes: the same
-    storage or an external data file. `cipher` is that of guest data, None for none.
+    storage or an external data file. `cipher` is that of guest data, None for none. `bitmaps` is for whoever lays out
+    persistent bitmaps, and is set by them.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class NewImage:
         self.header: Header = blueprint.header
         self.geometry: Geometry = blueprint.header.geometry
         self.blank = blueprint.blank
+        self.bitmaps: BitmapsPointer | None = None
         self._blueprint = blueprint
         self._lock = threading.Lock()
         self._end = 0
@@ -124,6 +126,11 @@ class NewImage:
             self.data.sync()
         self.storage.sync()
         write_first_cluster(self.storage, first)
+
+    def check_bitmaps(self) -> None:
+        """Raise BadOption unless the first cluster has room to name bitmaps."""
+        lay_out(*self._with_bitmaps(self.header, self._blueprint.extensions, BitmapsPointer(1, 1, 1)),
+                self._blueprint.backing_name)
 
     def _take(self, count: int) -> int:
         start = self._end
@@ -230,7 +237,17 @@ class NewImage:
         header = replace(
             self.header, l1_table_offset=self._l1_cluster << bits, refcount_table_offset=table << bits,
             refcount_table_clusters=clusters)
+        if self.bitmaps is not None:
+            header, extensions = self._with_bitmaps(header, extensions, self.bitmaps)
         return encode_first_cluster(lay_out(header, extensions, self._blueprint.backing_name))
+
+    @staticmethod
+    def _with_bitmaps(
+        header: Header, extensions: tuple[Extension, ...], pointer: BitmapsPointer
+    ) -> tuple[Header, tuple[Extension, ...]]:
+        named = pointer.encode()
+        return (replace(header, autoclear=header.autoclear | Autoclear.BITMAPS),
+                with_extension(extensions, named.type, named.payload))
 
 
 def table_clusters(clusters: int, geometry: Geometry) -> int:

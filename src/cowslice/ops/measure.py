@@ -96,10 +96,10 @@ def _crypto_bytes(options: CreateOptions) -> int:
 
 
 def _bitmaps(source: Image, geometry: Geometry) -> int | None:
-    """Bytes that copies of the source's consistent bitmaps take; None where the source cannot have any."""
+    """Bytes that copies of the source's bitmaps take, of those in use as well; None where it cannot have any."""
     if source.header is None or source.header.version < 3:
         return None
-    kept = [bitmap for bitmap in source.bitmaps if bitmap.usable and not bitmap.in_use]
+    kept = [bitmap for bitmap in source.bitmaps if bitmap.usable]
     size = geometry.cluster_size
     directory = sum(round_up(_BITMAP_RECORD + len(bitmap.name), 8) for bitmap in kept)
     return sum(_bitmap_bytes(source.size, bitmap, geometry) for bitmap in kept) + round_up(directory, size)

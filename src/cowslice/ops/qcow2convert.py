@@ -13,6 +13,7 @@ from cowslice.image.createoptions import CreateOptions
 from cowslice.image.image import Image
 from cowslice.image.layer import fill_zeros
 from cowslice.image.newimage import NewImage
+from cowslice.ops.bitmapcopy import place_bitmaps
 from cowslice.ops.convert import CHUNK, ConvertOptions, Count, Progress, Warn, workers_for
 from cowslice.ops.pace import Pace, paced
 from cowslice.ops.pump import Pump
@@ -31,13 +32,17 @@ def check_compressible(options: CreateOptions) -> None:
 
 def convert_to_qcow2(
     images: Sequence[Image], target: NewImage, options: ConvertOptions, made: CreateOptions, *,
-    compress: bool = False, backing_size: int = 0, progress: Progress | None = None, warn: Warn | None = None,
+    compress: bool = False, backing_size: int = 0, bitmaps: bool = False, progress: Progress | None = None,
+    warn: Warn | None = None,
 ) -> None:
     """Copy the images one behind another into `target`, which was made with the options `made`.
 
     Over a backing file of the target, of `backing_size` bytes, what an image leaves to its own backing file is not
-    copied. `progress(done, total)` counts bytes. Raises the errors of reading and writing: the first stops all.
+    copied. `bitmaps`: the usable ones of the only image go with it. `progress(done, total)` counts bytes.
+    Raises the errors of reading and writing: the first stops all.
     """
+    if bitmaps:
+        target.check_bitmaps()
     if compress:
         check_compressible(made)
     sources = Sources(images, over_backing=made.backing_file is not None, seek_zeros=options.sparse > 0)
@@ -52,6 +57,8 @@ def convert_to_qcow2(
     count.add(0)
     pump.run()
     writer.finish()
+    if bitmaps:
+        place_bitmaps(images[0], target, warn=warn or (lambda _: None))
 
 
 class _Worker:
