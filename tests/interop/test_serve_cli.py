@@ -243,6 +243,16 @@ def test_it_speaks_tls(image: Path, tmp_path: Path, creds: list[str]) -> None:
     assert server.process.wait(PATIENCE) == 0
 
 
+@peers.needs("nbdinfo")
+def test_it_speaks_tls_with_keys(image: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys.psk").write_text("ann:" + "11" * 16)
+    creds = ["--object", f"tls-creds-psk,id=t,endpoint=server,dir={tmp_path}", "--tls-creds", "t"]
+    server = Running("-t", "-b", "127.0.0.1", "-p", "0", *creds, image)
+    port = server.lines[0].partition("  ")[0].rpartition(":")[2].rstrip("/")
+    peers.run("nbdinfo", f"nbds://ann@127.0.0.1:{port}/?tls-psk-file={tmp_path / 'keys.psk'}")
+    assert server.end() == (0, "")
+
+
 @peers.needs("qemu-img")
 def test_image_options_and_caching_are_those_of_qemu_nbd(image: Path, place: str) -> None:
     server = Running("-k", place, "--cache=none", "--aio=io_uring", "--discard=unmap", "--image-opts",

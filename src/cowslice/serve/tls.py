@@ -10,16 +10,15 @@ import os
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cowslice.errors import BadOption, CryptoError
+from cowslice.serve.tlskeys import keyed_context
 
 CA, REVOKED, PSK = "ca-cert.pem", "ca-crl.pem", "keys.psk"
 CERTIFICATE, KEY = "server-cert.pem", "server-key.pem"
 MAX_KEY_FILE = 1 << 20
 PSK_CIPHERS = "kECDHEPSK:kDHEPSK:!eNULL"  # a key that leaks later opens nothing that was said before
 MIN_PSK = 16  # bytes; what gnutls' psktool makes has 32
-HAS_PSK = hasattr(ssl.SSLContext, "set_psk_server_callback")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ class Certificates:
 class PresharedKeys:
     """Where the keys are: a directory with keys.psk, or that file; each line is USERNAME:KEY, the key in hexadecimal.
 
-    Needs Python 3.13: earlier ones cannot do it.
+    Needs CPython; before 3.13 one whose OpenSSL is a library of the system, as Debian's is.
     """
 
     path: str | os.PathLike[str]
@@ -48,16 +47,18 @@ Credentials = Certificates | PresharedKeys
 
 def server_context(credentials: Credentials) -> ssl.SSLContext:
     """Load what a server needs. Raises BadOption where a file is missing, CryptoError where it cannot be used."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context = _of_keys(credentials) if isinstance(credentials, PresharedKeys) else _of_certificates(credentials)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
-    if isinstance(credentials, Certificates):
-        place = Path(credentials.directory)
-        _load_own(context, place)
-        _load_authority(context, place)
-        context.verify_mode = ssl.CERT_REQUIRED if credentials.verify_peer else ssl.CERT_NONE
-    else:
-        _load_keys(context, credentials)
+    return context
+
+
+def _of_certificates(credentials: Certificates) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    place = Path(credentials.directory)
+    _load_own(context, place)
+    _load_authority(context, place)
+    context.verify_mode = ssl.CERT_REQUIRED if credentials.verify_peer else ssl.CERT_NONE
     return context
 
 
@@ -89,21 +90,16 @@ def _no_password() -> str:
     raise ValueError("the key is encrypted, expected one without a password")
 
 
-def _load_keys(context: ssl.SSLContext, credentials: PresharedKeys) -> None:
-    if not HAS_PSK:
-        raise BadOption("TLS with pre-shared keys needs Python 3.13 or newer",
-                        hint="Use certificates, or run cowslice with a newer Python.")
+def _of_keys(credentials: PresharedKeys) -> ssl.SSLContext:
     keys = read_keys(credentials.path)
 
     def key_of(identity: str | None) -> bytes:
         # No key is found for a stranger: the handshake fails as it does for a wrong key.
         return keys.get(identity or "", b"")
 
-    chosen: Any = context  # typeshed knows the method from 3.13 on
-    context.verify_mode = ssl.CERT_NONE
-    context.maximum_version = ssl.TLSVersion.TLSv1_2  # in 1.3 OpenSSL takes keys of this kind with one hash only
+    context = keyed_context(key_of)
     context.set_ciphers(PSK_CIPHERS)
-    chosen.set_psk_server_callback(key_of)
+    return context
 
 
 def read_keys(path: str | os.PathLike[str]) -> dict[str, bytes]:

@@ -17,14 +17,17 @@ from cowslice.errors import BadOption, CryptoError, RemoteProtocolError, Storage
 from cowslice.nbd.events import Need, Ready, Refused, StartTls
 from cowslice.nbd.opening import Opening, TlsWish, Wish
 from cowslice.nbd.wire import Answer, Command
+from cowslice.serve import tlskeys
 from cowslice.serve.listing import list_exports
 from cowslice.serve.server import Server, serve
 from cowslice.serve.stream import TlsStream
-from cowslice.serve.tls import HAS_PSK, PSK_CIPHERS, Certificates, PresharedKeys, read_keys, server_context
+from cowslice.serve.tls import PSK_CIPHERS, Certificates, PresharedKeys, read_keys, server_context
 from cowslice.serve.transmission import Limits
 from tests.unit.serve.certificates import Authority, trusting
 from tests.unit.serve.rawclient import PATIENCE, RawClient, model
 
+needs_ctypes = pytest.mark.skipif(
+    hasattr(ssl.SSLContext, "set_psk_server_callback"), reason="this Python has a call of its own")
 IMAGE = model("NNZ.NNNNNNNN")
 CONTENT = IMAGE.over(b"")
 
@@ -231,10 +234,24 @@ def test_what_are_no_keys_is_refused(tmp_path: Path, text: str) -> None:
     assert "xyz" not in str(caught.value)
 
 
-@pytest.mark.skipif(HAS_PSK, reason="this Python can do it")
-def test_pre_shared_keys_are_refused_where_python_cannot_do_it(tmp_path: Path) -> None:
+@needs_ctypes
+def test_keys_are_refused_where_openssl_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "keys.psk").write_text("ann:" + "00" * 16)
-    with pytest.raises(BadOption, match=r"Python 3\.13"):
+    monkeypatch.setattr(tlskeys, "_openssl", lambda: None)
+    with pytest.raises(BadOption, match=r"needs CPython 3\.13"):
+        server_context(PresharedKeys(tmp_path))
+
+
+@needs_ctypes
+def test_a_context_that_does_not_answer_as_itself_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stranger:
+        @staticmethod
+        def SSL_CTX_ctrl(context: int, command: int, number: int, pointer: None) -> int:
+            return ssl.TLSVersion.TLSv1_3
+
+    (tmp_path / "keys.psk").write_text("ann:" + "00" * 16)
+    monkeypatch.setattr(tlskeys, "_openssl", lambda: Stranger)
+    with pytest.raises(BadOption, match="not laid out as expected"):
         server_context(PresharedKeys(tmp_path))
 
 
@@ -245,25 +262,6 @@ def test_the_ciphers_for_keys_are_there_and_forget() -> None:
     names = [cipher["name"] for cipher in context.get_ciphers() if not cipher["name"].startswith("TLS_")]
     assert names
     assert all(name.startswith(("ECDHE-PSK", "DHE-PSK")) and "NULL" not in name for name in names)
-
-
-@pytest.mark.skipif(not HAS_PSK, reason="needs Python 3.13")
-@pytest.mark.parametrize("key, welcome", [("11" * 16, True), ("22" * 16, False)])
-def test_who_has_the_key_gets_in(disk: cowslice.Image, tmp_path: Path, key: str, welcome: bool) -> None:
-    (tmp_path / "keys.psk").write_text("ann:" + "11" * 16)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    context.maximum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers(PSK_CIPHERS)
-    context.set_psk_client_callback(lambda hint: ("ann", bytes.fromhex(key)))  # type: ignore[attr-defined,unused-ignore]
-    with serve(disk, port=0, tls=PresharedKeys(tmp_path), report=lambda what: None) as server:
-        if welcome:
-            client = TlsClient(server, context)
-            assert client.read(0, 10).data == CONTENT[:10]
-            client.socket.close()
-        else:
-            with pytest.raises(OSError):
-                TlsClient(server, context)
 
 
 def test_stopping_never_goes_on_in_plain_text(pki: Path) -> None:
