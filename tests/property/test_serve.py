@@ -95,7 +95,8 @@ def encoded(client: RawClient, one: Asked) -> bytes:
     if one.command != Command.WRITE:
         return client.request(one.command, one.offset, one.length, flags=one.flags)
     length = min(one.length, LARGEST)
-    flags = one.flags | (CommandFlag.PAYLOAD_LEN if client.mode is Mode.EXTENDED else 0)
+    says_so = client.mode is Mode.EXTENDED and one.offset % 2 == 0  # not every client does
+    flags = one.flags | (CommandFlag.PAYLOAD_LEN if says_so else 0)
     return client.request(one.command, one.offset, length, flags=flags, payload=b"w" * length)
 
 

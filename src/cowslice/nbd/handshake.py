@@ -303,7 +303,10 @@ class ServerHandshake:
         self._send(option, Answer.INFO, encode_block_sizes(sizes.minimum, sizes.preferred, sizes.maximum))
         if option is Option.GO and export.sizes_required and InfoType.BLOCK_SIZE not in wish.wanted:
             return self._refuse(option, Answer.ERR_BLOCK_SIZE_REQD, "ask for the block sizes and keep them")
-        self._send(option, Answer.INFO, encode_export_info(export.size, self._session(export).flags))
+        # INFO tells what contexts would allow, which may be selected later.
+        can_choose = self._mode is Mode.EXTENDED and option is Option.INFO and bool(export.contexts)
+        flags = self._session(export).flags | (ExportFlag.BLOCK_STATUS_PAYLOAD if can_choose else 0)
+        self._send(option, Answer.INFO, encode_export_info(export.size, flags))
         if InfoType.NAME in wish.wanted or wish.name != export.name:
             self._send(option, Answer.INFO, encode_text_info(InfoType.NAME, export.name))
         if export.description:

@@ -94,17 +94,15 @@ class ServerTransmission:
         return self._judge(request, self._fault_without_payload(request))
 
     def _payload_length(self, request: Request) -> int:
-        """Bytes that follow the header."""
-        if self._extended:
-            return request.length if request.flags & _PAYLOAD_LEN else 0
-        return request.length if request.command == Command.WRITE else 0
+        """Bytes that follow the header.
+
+        WRITE brings its payload whether or not it says so: QEMU's client leaves the flag out with extended headers.
+        """
+        says_so = self._extended and request.flags & _PAYLOAD_LEN
+        return request.length if says_so or request.command == Command.WRITE else 0
 
     def _fault_without_payload(self, request: Request) -> Fault | None:
-        if not request.flags & _PAYLOAD_LEN:
-            if self._extended and request.command == Command.WRITE:
-                return Fault(NbdError.EINVAL, "WRITE with extended headers needs the flag PAYLOAD_LEN")
-            return None
-        if self._extended and request.command == Command.WRITE:
+        if not request.flags & _PAYLOAD_LEN or (self._extended and request.command == Command.WRITE):
             return None
         return Fault(NbdError.EINVAL, f"{word(request.command, Command)} has the flag PAYLOAD_LEN and no payload")
 

@@ -338,7 +338,7 @@ cdef class Loop(Answering):
         """Overwrite in place what is the disk's alone. False, and no answer, for all that Python must see."""
         cdef int64_t ticket
         cdef uint64_t done
-        if not self.fast.writable or ask.flags != (PAYLOAD_LEN if self.mode == EXTENDED else 0):
+        if not self.fast.writable or ask.flags & ~(PAYLOAD_LEN if self.mode == EXTENDED else 0):
             return False
         if not 0 < ask.length <= self.max_request or ask.length > self.size or ask.offset > self.size - ask.length:
             return False

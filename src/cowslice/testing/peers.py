@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -64,6 +65,15 @@ def require(*tools: str) -> None:
     if os.environ.get("COWSLICE_REQUIRE_PEERS") == "1":
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)
+
+
+def require_version(tool: str, *least: int) -> None:
+    """Skip the running test where a peer is older than this: it is what its system has, so that is never a failure."""
+    require(tool)
+    said = run(tool, "--version").stdout.decode()
+    found = re.search(r"\d+(?:\.\d+)+", said)
+    if found is None or tuple(map(int, found[0].split("."))) < least:
+        pytest.skip(f"{tool} {found[0] if found else said!r} is older than {'.'.join(map(str, least))}")
 
 
 def run(

@@ -171,6 +171,16 @@ def test_the_best_style_wins_and_decides_the_flags() -> None:
     assert not session.flags & ExportFlag.BLOCK_STATUS_PAYLOAD  # no contexts
 
 
+@pytest.mark.parametrize("option, told", [(Option.INFO, True), (Option.GO, False)])
+def test_only_info_tells_what_contexts_would_allow_that_are_not_selected(option: Option, told: bool) -> None:
+    handshake = greeted()
+    for asked in (encode_option(Option.EXTENDED_HEADERS), go("disk", option=option)):
+        feed_whole(handshake, asked)
+    (flags,) = [int.from_bytes(payload[10:12], "big") for answer, payload in answers(handshake)
+                if answer == Answer.INFO and payload[:2] == b"\0\0"]
+    assert bool(flags & ExportFlag.BLOCK_STATUS_PAYLOAD) == told
+
+
 def test_extended_headers_cannot_be_turned_into_structured_replies() -> None:
     handshake = greeted()
     for option in (Option.EXTENDED_HEADERS, Option.STRUCTURED_REPLY):

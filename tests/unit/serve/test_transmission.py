@@ -125,15 +125,26 @@ def test_each_request_gets_the_error_it_deserves(
         assert client.read(3, 5).data == CONTENT[3:8], "the connection goes on"
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_write_is_refused_and_what_it_brings_is_skipped(disk: cowslice.Image, way: str, mode: Mode) -> None:
-    flags = CommandFlag.PAYLOAD_LEN if mode is Mode.EXTENDED else 0
+@pytest.mark.parametrize("mode, flags", [*((mode, 0) for mode in MODES), (Mode.EXTENDED, CommandFlag.PAYLOAD_LEN)])
+def test_a_write_is_refused_and_what_it_brings_is_skipped(
+    disk: cowslice.Image, way: str, mode: Mode, flags: int
+) -> None:
     with wired(disk, way=way) as wire:
         client = wire.client(mode=mode)
         sent = client.request(Command.WRITE, 0, 100_000, flags=flags, payload=b"x" * 100_000)
         wire.socket.sendall(sent + client.request(Command.READ, 9, 9))
         replies = client.answers(2)
     assert (replies[1].error, replies[2].data) == (NbdError.EPERM, CONTENT[9:18])
+
+
+@pytest.mark.parametrize("flags", [0, CommandFlag.PAYLOAD_LEN])
+def test_a_write_with_extended_headers_may_say_that_it_has_a_payload(tmp_path: Path, way: str, flags: int) -> None:
+    cowslice.create(tmp_path / "a", size=SIZE)
+    with cowslice.open(tmp_path / "a", "r+") as writable, wired(writable, way=way, writable=True) as wire:
+        client = wire.client(mode=Mode.EXTENDED)
+        for filled in (b"x" * 3000, b"y" * 3000):  # the first makes a cluster, the second finds it
+            assert client.collect(client.ask(Command.WRITE, 500, 3000, flags=flags, payload=filled)).error == 0
+            assert client.read(0, 4096).data == bytes(500) + filled + bytes(596)
 
 
 def test_a_read_beyond_the_agreed_size_is_refused(disk: cowslice.Image, way: str) -> None:
