@@ -6,6 +6,7 @@ found there has to answer as that context before it is changed.
 
 from __future__ import annotations
 
+import _ssl
 import ctypes
 import ssl
 import sys
@@ -53,8 +54,6 @@ def keyed_context(key_of: KeyOf) -> ssl.SSLContext:
 @cache
 def _openssl() -> ctypes.CDLL | None:
     """The OpenSSL that Python's module is linked with; None where it can't be reached or the layout is unknown."""
-    import _ssl
-
     if sys.implementation.name != "cpython" or sys.version_info[:2] not in KNOWN_LAYOUTS:
         return None
     try:
