@@ -96,6 +96,8 @@ class Closed(RequestError, ValueError):
 class BadOption(RequestError, ValueError):
     """An option has an impossible value, or contradicts another one."""
 
+    exit_code = 64  # EX_USAGE of sysexits.h: no script can take a typing error for a result
+
 
 class StorageError(CowsliceError, OSError):
     """The world is at fault. `errno` and `filename` are those of an OSError."""
@@ -150,6 +152,8 @@ class RemoteProtocolError(ProtocolError):
 
 class InternalError(CowsliceError):
     """Our own fault: please report it."""
+
+    exit_code = 70  # EX_SOFTWARE of sysexits.h
 
 
 _BY_ERRNO: dict[int, type[StorageError]] = {codes.ENOSPC: NoSpace, codes.EDQUOT: NoSpace}

@@ -11,7 +11,7 @@ import click
 
 from cowslice.cli import exitcodes
 from cowslice.cli.output import complain
-from cowslice.errors import BadOption, CowsliceError
+from cowslice.errors import CowsliceError
 
 # Word, and what it does: `--help` lists them without importing a verb.
 VERBS = {
@@ -100,9 +100,6 @@ def run_verb(arguments: list[str]) -> int:
     except click.ClickException as error:
         complain(error.format_message())
         return exitcodes.FAILED
-    except BadOption as error:
-        complain(str(error), error.hint)
-        return exitcodes.USAGE
     except CowsliceError as error:
         complain(str(error), error.hint)
         return error.exit_code
