@@ -39,8 +39,36 @@ class Columns(Protocol):
     def length(self) -> NDArray[np.uint64]: ...
 
 
+class Counted:
+    """What every curve has: accesses of a slice, and misses at each of its sizes, cold ones included."""
+
+    __slots__ = ()
+    if TYPE_CHECKING:
+        reads: int
+        writes: int
+        cold_reads: int
+        cold_writes: int
+        read_misses: NDArray[np.int64]
+        write_misses: NDArray[np.int64]
+
+    @property
+    def accesses(self) -> int:
+        """Lookups of a slice, reads and writes."""
+        return self.reads + self.writes
+
+    @property
+    def cold(self) -> int:
+        """First touches of a slice: misses at every cache size, which a warm-up removes."""
+        return self.cold_reads + self.cold_writes
+
+    @property
+    def misses(self) -> NDArray[np.int64]:
+        """Misses at each size, reads and writes, cold ones included."""
+        return self.read_misses + self.write_misses
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Curve:
+class Curve(Counted):
     """How often a cache of each size would have missed, LRU, slices of `entry_bytes` of metadata.
 
     `entries` are the cache sizes, ascending from 0, at which the misses change; `read_misses[i]` and `write_misses[i]`
@@ -64,21 +92,6 @@ class Curve:
     write_misses: NDArray[np.int64]
     rate: float = 1.0
     error: float = 0.0
-
-    @property
-    def accesses(self) -> int:
-        """Lookups of a slice, reads and writes."""
-        return self.reads + self.writes
-
-    @property
-    def cold(self) -> int:
-        """First touches of a slice: misses at every cache size, which a warm-up removes."""
-        return self.cold_reads + self.cold_writes
-
-    @property
-    def misses(self) -> NDArray[np.int64]:
-        """Misses at each of `entries`, reads and writes, cold ones included."""
-        return self.read_misses + self.write_misses
 
     @property
     def full_bytes(self) -> int:

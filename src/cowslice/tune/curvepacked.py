@@ -17,7 +17,7 @@ from cowslice.format.geometry import Geometry
 from cowslice.format.words import unpack_words
 from cowslice.image.image import Image
 from cowslice.image.qcow2 import Qcow2Layer
-from cowslice.tune.curve import Columns, misses_of, touched_spans
+from cowslice.tune.curve import Columns, Counted, misses_of, touched_spans
 from cowslice.tune.curvestack import Stack
 from cowslice.tune.simulatereplay import directory_bytes, weigh
 from cowslice.units import div_ceil
@@ -62,7 +62,7 @@ class PackedMap:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PackedCurve:
+class PackedCurve(Counted):
     """How often a packed map under an LRU of each size in bytes would have missed.
 
     `sizes` are bytes for slices, ascending from 0; the directory's `directory_bytes` come on top. Misses include the
@@ -77,21 +77,6 @@ class PackedCurve:
     sizes: NDArray[np.int64]
     read_misses: NDArray[np.int64]
     write_misses: NDArray[np.int64]
-
-    @property
-    def accesses(self) -> int:
-        """Lookups of a slice, reads and writes."""
-        return self.reads + self.writes
-
-    @property
-    def cold(self) -> int:
-        """First touches of a slice."""
-        return self.cold_reads + self.cold_writes
-
-    @property
-    def misses(self) -> NDArray[np.int64]:
-        """Misses at each of `sizes`, cold ones included."""
-        return self.read_misses + self.write_misses
 
     @property
     def full_bytes(self) -> int:
