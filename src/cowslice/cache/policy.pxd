@@ -56,8 +56,10 @@ cdef class Clock2QPlus(Policy):
     cdef uint32_t marked
     cdef int64_t mark_time
     cdef int64_t floor_ns
+    cdef bint evicted
     cdef uint64_t small_target(self) noexcept nogil
     cdef bint in_window(self, Node *node) noexcept nogil
+    cdef bint has_room(self, Node *node) noexcept nogil
     cdef bint was_here(self, Node *node) noexcept nogil
     cdef void remember(self, Node *node) noexcept nogil
     cdef Node *leave_small(self) noexcept nogil

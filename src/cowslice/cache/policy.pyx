@@ -122,7 +122,8 @@ cdef class Clock2QPlus(Policy):
     New slices enter a small queue, a tenth of the budget. A hit sets the reference bit only once the slice has left the
     correlation window, the younger half of the small queue, because one guest stream touches a slice hundreds of times
     in a row without that making it hot. A slice that leaves the small queue unreferenced is forgotten but for a
-    fingerprint; if it comes back while that lasts, it enters the main queue, a clock, directly.
+    fingerprint; if it comes back while that lasts, it enters the main queue, a clock, directly. So does what comes
+    once the small queue is full and nothing had to leave yet.
     """
 
     def __cinit__(self, uint64_t budget, double floor_seconds=0.05):
@@ -147,7 +148,7 @@ cdef class Clock2QPlus(Policy):
 
     cdef void insert(self, Node *node, Arrival arrival) noexcept nogil:
         node.state = (node.state & USED) | laps_of(node)
-        if arrival == WARMED or self.was_here(node):
+        if arrival == WARMED or self.was_here(node) or self.has_room(node):
             node.state |= MAIN
             push(&self.main, node)
             return
@@ -155,6 +156,13 @@ cdef class Clock2QPlus(Policy):
         self.entered += node.granules
         node.stamp = self.entered
         push(&self.small, node)
+
+    cdef bint has_room(self, Node *node) noexcept nogil:
+        """Before anything had to leave there is nothing to protect from a newcomer: what overflows the small queue stays.
+
+        So a loop over more than fits keeps what it began with, though its slices come back too late to be remembered.
+        """
+        return not self.evicted and self.small.granules + node.granules > self.small_target()
 
     cdef void touch(self, Node *node) noexcept nogil:
         if node.state & REFERENCED:
@@ -184,6 +192,7 @@ cdef class Clock2QPlus(Policy):
 
     cdef Node *victim(self) noexcept nogil:
         cdef Node *node = NULL
+        self.evicted |= self.small.length + self.main.length > 0
         while node == NULL and self.small.length + self.main.length:
             if self.small.granules > self.small_target() or self.main.length == 0:
                 node = self.leave_small()

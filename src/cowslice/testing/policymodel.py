@@ -60,6 +60,7 @@ class Clock2QPlusModel:
         self.main: OrderedDict[int, _Held] = OrderedDict()
         self.gone: OrderedDict[int, None] = OrderedDict()
         self.entered = 0
+        self.evicted = False
 
     def access(self, key: int, weight: int) -> bool:
         """Touch `key`; True for a hit, else it is taken in and others go."""
@@ -86,12 +87,16 @@ class Clock2QPlusModel:
             del self.gone[key]
             self.main[key] = held
             return
+        if not self.evicted and self._bytes(self.small) + size > self.share:  # there is room, and nobody to protect
+            self.main[key] = held
+            return
         self.entered += size
         held.entered = self.entered
         self.small[key] = held
 
     def _push_one_out(self) -> None:
         """Advance until exactly one has left."""
+        self.evicted = True
         while True:
             if self._bytes(self.small) > self.share or not self.main:
                 key, held = self.small.popitem(last=False)

@@ -12,6 +12,13 @@ def rehearsal(slices, policy="clock2q+", **options):
     return Rehearsal(policy, slices * WEIGHT, **options)
 
 
+def crowded(slices, **options):
+    """A cache in which something had to leave already, so that newcomers prove themselves in the small queue."""
+    cache = rehearsal(slices, **options)
+    touch(cache, *range(5000, 5001 + slices))
+    return cache
+
+
 def touch(cache, *keys):
     return [cache.access(key, WEIGHT) for key in keys]
 
@@ -41,9 +48,16 @@ def test_a_slice_that_is_asked_for_again_after_its_burst_stays():
     assert 0 in cache.resident()
 
 
-def test_a_slice_that_comes_back_soon_after_it_left_stays():
+def test_what_came_while_there_was_room_is_not_driven_out_by_what_comes_once():
     cache = rehearsal(40)
-    touch(cache, *range(41))
+    touch(cache, *range(40))
+    touch(cache, *range(100, 200))
+    assert len(cache.resident() & set(range(40))) >= 35
+
+
+def test_a_slice_that_comes_back_soon_after_it_left_stays():
+    cache = crowded(40)
+    touch(cache, *range(10))
     assert 0 not in cache.resident()
     touch(cache, 0)
     touch(cache, *range(100, 200))
@@ -75,14 +89,14 @@ def test_cheap_slices_outlast_dear_ones_that_are_as_hot():
 
 
 def test_without_a_time_floor_the_window_is_a_matter_of_bytes_alone():
-    cache = rehearsal(400, floor_seconds=0.0)
+    cache = crowded(400, floor_seconds=0.0)
     touch(cache, *range(400), 399)
     touch(cache, *range(1000, 1400))
     assert 399 not in cache.resident()
 
 
 def test_a_removed_slice_is_not_remembered():
-    cache = rehearsal(40)
+    cache = crowded(40)
     touch(cache, *range(40))
     cache.remove(39)
     assert 39 not in cache.resident()
