@@ -199,6 +199,30 @@ def info(bench: Bench) -> Iterator[Figure]:
     yield Figure("info, whole process, shuffled image", seconds * 1000, "ms")
 
 
+_CURVES = """
+import resource, sys, time
+from cowslice.format.geometry import Geometry
+from cowslice.tune.curve import slice_curves
+from cowslice.tune.synthetic import synthetic
+size, requests = int(sys.argv[1]), int(sys.argv[2])
+began = time.perf_counter()
+slice_curves(synthetic(f"zipf:requests={requests}", size=size), Geometry(16), disk_size=size)
+print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def curves(bench: Bench) -> Iterator[Figure]:
+    """A trace of zipf reads, made meanwhile, to the exact curves of all slice sizes, in a process of its own."""
+    requests = 40 * bench.reads  # ten million, unless tiny
+    for size in (bench.size, 25 * bench.size):
+        done = subprocess.run(
+            [sys.executable, "-c", _CURVES, str(size), str(requests)], check=True, capture_output=True, text=True)
+        seconds, peak = map(float, done.stdout.split())
+        told = f"curves of {requests / 1e6:.1f} M requests, {size / GiB:,.0f} GiB"
+        yield Figure(told, seconds, "s")
+        yield Figure(f"{told}: memory of the process", peak / MiB, "MiB")
+
+
 COWSLICE = [str(Path(sys.executable).with_name("cowslice"))]
 
 
@@ -228,7 +252,7 @@ def ratio(name: str, bench: Bench, ours: Callable[[], float], peer: Callable[[],
 
 FIGURES = {
     f.__name__: f
-    for f in (resident_map, hit_rate, reads_after_warmup, python_loop, process_memory, check, convert, info)
+    for f in (resident_map, hit_rate, reads_after_warmup, python_loop, process_memory, check, convert, info, curves)
 }
 
 
