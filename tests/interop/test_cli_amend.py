@@ -69,6 +69,68 @@ def test_the_data_file_can_be_named_otherwise_and_be_raw_no_more(tmp_path: Path)
     assert cowslice("amend", "-o", "compat=0.10", image).status == 1
 
 
+@pytest.mark.parametrize("change", [
+    "data_file=DIR/data", "data_file=", "data_file=DIR/moved", "data_file_raw=off", "data_file=,data_file_raw=off",
+    "data_file=DIR/moved,size=3M", "data_file=DIR/moved,lazy_refcounts=on",
+    f"data_file=DIR/{'long/../' * 90}moved",
+], ids=lambda change: change[:40])  # fmt: skip
+@pytest.mark.parametrize("raw", ["on", "off"])
+def test_a_data_file_is_named_as_qemu_names_it(tmp_path: Path, raw: str, change: str) -> None:
+    told = []
+    for name in ("ours", "theirs"):
+        folder = tmp_path / name
+        (folder / "long").mkdir(parents=True)
+        image, words = folder / "image", ["amend", "-o", change.replace("DIR", str(folder))]
+        peers.qemu_img("create", "-q", "-f", "qcow2", "-o", f"data_file={folder / 'data'},data_file_raw={raw}",
+                       image, 2 * MiB)
+        peers.qemu_io(image, "write -P 5 70k 200k")
+        shutil.copy(folder / "data", folder / "moved")
+        if name == "ours":
+            said = cowslice(*words, image)
+            assert said.status == 0, said.err
+        else:
+            peers.qemu_img(*words, image)
+        told.append(str(facts(image)).replace(str(folder), "DIR"))
+        if change.startswith(("data_file=DIR", "data_file_raw")):
+            assert "No errors" in peers.qemu_img("check", image)
+            peers.qemu_io(image, "read -P 5 70k 200k")
+    assert told[0] == told[1]
+
+
+def test_an_image_that_names_no_data_file_is_opened_with_one_that_is_given(tmp_path: Path) -> None:
+    image, data = tmp_path / "image", tmp_path / "data"
+    peers.qemu_img("create", "-q", "-f", "qcow2", "-o", f"data_file={data}", image, MiB)
+    assert cowslice("amend", "-o", "data_file=", image).status == 0
+    assert cowslice("amend", "-o", "size=2M", image).status != 0
+    opts = f"driver=qcow2,file.filename={image},data-file.filename={data}"
+    said = cowslice("amend", "--image-opts", "-o", f"data_file={data},size=2M", opts)
+    assert said.status == 0, said.err
+    assert peers.qemu_img_json("info", image)["format-specific"]["data"]["data-file"] == str(data)
+    assert "No errors" in peers.qemu_img("check", image)
+
+
+@pytest.mark.parametrize("change", ["backing_file=base", "backing_fmt=qcow2", "backing_fmt=raw", "backing_file="])
+def test_a_backing_file_is_left_to_rebase_as_by_qemu(tmp_path: Path, change: str) -> None:
+    (tmp_path / "base").write_bytes(bytes(MiB))
+    for backed in ([], ["-b", "base", "-F", "raw"]):
+        image = made(tmp_path / "image", "cluster_size=64k", *backed)
+        before = image.read_bytes()
+        said = cowslice("amend", "-o", change, image)
+        assert said.status == 64
+        assert "rebase" in said.err
+        peers.qemu_img("amend", "-o", change, image, expect=1)
+        assert image.read_bytes() == before
+
+
+def test_progress_ends_at_the_whole(tmp_path: Path) -> None:
+    image = made(tmp_path / "image", "cluster_size=4k")
+    for change in ("refcount_bits=64", "refcount_bits=16,compat=0.10"):
+        said = cowslice("amend", "-p", "-o", change, image)
+        assert said.status == 0
+        assert said.err.splitlines()[-1] == "amending: 100.0%"
+        assert cowslice("amend", "-p", "-q", "-o", "compat=1.1", image).err == ""
+
+
 @pytest.mark.parametrize("options,change,status", [
     ("cluster_size=64k", "backing_file=x", 64), ("cluster_size=64k", "cluster_size=4k", 64),
     ("cluster_size=64k", "refcount_bits=12", 64), ("cluster_size=64k", "size=1M", 64),

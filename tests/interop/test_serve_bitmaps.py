@@ -1,4 +1,4 @@
-"""`cowslice serve -B` of a disk that clients write to: they see their changes marked, and a kill leaves no false mark."""
+"""`cowslice serve -B` of a disk that is written: clients see their changes marked, and a kill leaves no false mark."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def image(tmp_path: Path) -> Path:
 def served(image: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """The URI and the process of `cowslice serve`, which is told to end after the block if it still runs."""
     socket = image.with_suffix(".sock")
-    command = [sys.executable, "-m", "cowslice.cli.main", "serve", "--writable", "-t", "-k", str(socket), *options, str(image)]
+    command = [sys.executable, "-m", "cowslice.cli.main", "serve", "--writable", "-t", "-k", str(socket), *options,
+               str(image)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
         assert server.stdout is not None
         try:

@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING
 
 from cowslice.format.bitmaps import BitmapCluster, decode_bitmap_entry, encode_bitmap_entry
 from cowslice.format.extensions import BitmapsPointer, ExtensionType, with_extension
-from cowslice.format.first_cluster import FirstCluster, encode_first_cluster
+from cowslice.format.first_cluster import FirstCluster
 from cowslice.format.geometry import Geometry
 from cowslice.format.header import Autoclear
 from cowslice.format.words import pack_words
-from cowslice.image.headerswitch import switch_first_cluster, switch_header
-from cowslice.image.renaming import renamed, switch_backing_name
+from cowslice.image.headerswitch import is_whole, rearranged, switch_first_cluster, switch_header
 from cowslice.image.roots import Roots
 from cowslice.image.structures import Structure
-from cowslice.units import SECTOR
 
 if TYPE_CHECKING:
     from cowslice.image.qcow2 import Qcow2Layer
@@ -63,26 +61,14 @@ def with_bitmaps(first: FirstCluster, pointer: BitmapsPointer | None) -> FirstCl
     autoclear = kept if pointer is None else kept | Autoclear.BITMAPS
     payload = None if pointer is None else pointer.encode().payload
     extensions = with_extension(first.extensions, ExtensionType.BITMAPS, payload)
-    return renamed(replace(first, header=replace(first.header, autoclear=autoclear)), extensions,
-                   first.raw_backing_name)
+    return rearranged(first, header=replace(first.header, autoclear=autoclear), extensions=extensions)
 
 
 def switch_bitmaps(layer: Qcow2Layer, first: FirstCluster) -> None:
     """Let the image have the bitmaps that `first` names, stably. Raises StorageError.
 
-    A pointer that lies across sectors could be torn: then bitmaps are off in between.
+    Where they could be torn from their pointer, bitmaps are off in between.
     """
-    if layer.first.header.autoclear & Autoclear.BITMAPS and _sectors(layer.first, first) > 1:
+    if layer.first.header.autoclear & Autoclear.BITMAPS and not is_whole(layer.first, first):
         switch_header(layer, autoclear=layer.first.header.autoclear & Autoclear.RAW_EXTERNAL)
-    if first.header.backing_file_offset == layer.first.header.backing_file_offset:
-        switch_first_cluster(layer, first)
-    else:
-        switch_backing_name(layer, first)
-
-
-def _sectors(old: FirstCluster, new: FirstCluster) -> int:
-    """How many sectors of the first cluster differ."""
-    before, after = encode_first_cluster(old), encode_first_cluster(new)
-    length = max(len(before), len(after))
-    before, after = before.ljust(length, b"\0"), after.ljust(length, b"\0")
-    return sum(before[at : at + SECTOR] != after[at : at + SECTOR] for at in range(0, length, SECTOR))
+    switch_first_cluster(layer, first)

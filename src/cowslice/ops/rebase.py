@@ -17,12 +17,12 @@ from cowslice.format.first_cluster import FirstCluster
 from cowslice.format.header import Autoclear
 from cowslice.format.limits import MAX_BACKING_FORMAT, MAX_BACKING_NAME
 from cowslice.image.gate import Deny, Reference, Role, resolve, root_of, shown
+from cowslice.image.headerswitch import rearranged, switch_first_cluster
 from cowslice.image.image import Image
 from cowslice.image.mapping import extent_of
 from cowslice.image.mapping import resolve as answer
 from cowslice.image.options import OpenOptions
 from cowslice.image.qcow2 import Qcow2Layer
-from cowslice.image.renaming import renamed, switch_backing_name
 from cowslice.ops.apart import View, below, open_apart, open_whole, rooted, same_file
 from cowslice.ops.compressedinto import compressible_unit
 from cowslice.units import MiB
@@ -86,7 +86,7 @@ def rebase(path: str, options: OpenOptions, backing: Backing, *, unsafe: bool = 
             view.source = _open_old(stack, image, rooted(options, path))
             _copy(image, view.source, new, compress=compress, progress=progress)
         image.flush()
-        switch_backing_name(layer, _renamed(layer.first, backing))
+        switch_first_cluster(layer, _renamed(layer.first, backing))
 
 
 def _refuse_itself(path: str, options: OpenOptions, backing: Backing) -> None:
@@ -120,7 +120,7 @@ def _renamed(first: FirstCluster, backing: Backing) -> FirstCluster:
     """The first cluster with the new name and format."""
     kind = backing.format.encode() if backing.format else None
     extensions = with_extension(first.extensions, ExtensionType.BACKING_FORMAT, kind)
-    return renamed(first, extensions, os.fsencode(backing.name))
+    return rearranged(first, extensions=extensions, raw_backing_name=os.fsencode(backing.name))
 
 
 def _copy(image: Image, old: Image | None, new: Image | None, *, compress: bool, progress: Progress | None) -> None:
