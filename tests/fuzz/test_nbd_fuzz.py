@@ -1,7 +1,8 @@
 """Hostile peers: almost-right streams into both halves of the protocol. Only protocol errors come out.
 
-The seed corpus is made, not stored: conversations of our two halves in every style, recorded on the wire. What
-is left of them after a mutation is mostly a valid stream with one lie in it.
+The seeds are conversations in every style: of our two halves, made here, and of other people's programs with ours,
+kept in corpus/nbd as they went over the wire. What is left of them after a mutation is mostly a valid stream with one
+lie in it.
 """
 
 from __future__ import annotations
@@ -16,21 +17,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cowslice.errors import LocalProtocolError, RemoteProtocolError
+from cowslice.errors import RemoteProtocolError
 from cowslice.nbd import (
+    BadRequest,
     ClientHandshake,
     ClientTransmission,
+    Completed,
     Context,
-    Export,
     Opening,
     Ready,
     Refused,
     Session,
     StartTls,
-    TlsPolicy,
     TlsWish,
     Wish,
-    export_flags,
 )
 from cowslice.nbd.wire import (
     BASE_ALLOCATION,
@@ -43,47 +43,26 @@ from cowslice.nbd.wire import (
     STRUCTURED_REPLY_MAGIC,
     Mode,
 )
-from tests.unit.nbd.talk import Disk, Server, drain
-
-SIZE = 1 << 14
-CONTEXTS = (BASE_ALLOCATION, "qemu:allocation-depth")
-WISHES = (
-    Wish("disk", contexts=CONTEXTS),
-    Wish("disk", extended=False, contexts=CONTEXTS),
-    Wish("disk", extended=False, structured=False),
-    Wish("disk", tls=TlsWish.ALWAYS),
-    Wish("nothing"),
+from tests.fuzz.nbd_corpus import (
+    CONTEXTS,
+    PLAIN_WISHES,
+    SIZE,
+    ask_everything,
+    ask_what_is_allowed,
+    kept,
+    new_server,
 )
+from tests.unit.nbd.talk import drain
+
+WISHES = (*PLAIN_WISHES, Wish("disk", tls=TlsWish.ALWAYS), Wish("nothing"))
+ASKED, ANSWERED = kept("asked"), kept("answered")
 ROUNDS = 3000  # of each long campaign and each wish
-
-
-def _server() -> Server:
-    content = bytearray(SIZE)
-    content[1000:5000] = random.Random(1).randbytes(4000)
-    exports = [Export("disk", SIZE, export_flags(writable=True), "a disk", contexts=CONTEXTS), Export("", 512)]
-    return Server(exports, {"disk": Disk(content), "": Disk(bytearray(512))}, tls=TlsPolicy.OFFERED)
-
-
-def _ask_everything(client: ClientTransmission) -> None:
-    """One request of every kind."""
-    client.read(0, memoryview(bytearray(6000)))
-    client.write(100, b"written", fua=True)
-    client.write_zeroes(4096, 4096, no_hole=True)
-    client.trim(0, 512)
-    client.cache(0, SIZE)
-    client.flush()
-    if client.session.contexts:
-        client.block_status(0, SIZE)
-        client.block_status(0, SIZE, one=True)
-    if client.session.mode is Mode.EXTENDED and client.session.contexts:
-        client.block_status(0, SIZE, contexts=[client.session.contexts[0].id])
-    client.read(4000, memoryview(bytearray(2000)))
 
 
 @functools.cache
 def conversation(wish: Wish) -> tuple[bytes, bytes]:
     """What the client and what the server say from the greeting to goodbye, every option asked for first."""
-    server, opening = _server(), Opening(wish)
+    server, opening = new_server(), Opening(wish)
     asked, answered = bytearray(), bytearray(server.handshake.data_to_send())
     fresh = bytes(answered)
     while True:
@@ -97,7 +76,7 @@ def conversation(wish: Wish) -> tuple[bytes, bytes]:
             opening.tls_started()
         elif isinstance(event, Ready):
             client = ClientTransmission(event.session, opening.take_leftover())
-            _ask_everything(client)
+            ask_everything(client)
             client.disconnect()
             said = b"".join(bytes(part) for part in client.data_to_send())
             return bytes(asked + said), bytes(answered + server.feed(said))
@@ -108,7 +87,7 @@ def conversation(wish: Wish) -> tuple[bytes, bytes]:
 @functools.cache
 def options() -> bytes:
     """A client that only negotiates, with every option."""
-    server, client = _server(), ClientHandshake()
+    server, client = new_server(), ClientHandshake()
     asked, fresh = bytearray(), server.handshake.data_to_send()
     asks: list[Callable[[], None]] = [
         client.list_exports, client.structured_replies, lambda: client.list_contexts("disk", ["base:"]),
@@ -208,7 +187,7 @@ def pieces(stream: bytes, chance: random.Random) -> Iterator[bytes]:
 
 
 def attack_server(stream: bytes, chance: random.Random) -> None:
-    server = _server()
+    server = new_server()
     server.handshake.data_to_send()
     try:
         for piece in pieces(stream, chance):
@@ -239,7 +218,7 @@ def attack_client(wish: Wish, stream: bytes, chance: random.Random) -> None:
                 if not isinstance(event, Ready):
                     continue
                 client = ClientTransmission(event.session, opening.take_leftover())
-                _ask_what_is_allowed(client)
+                ask_what_is_allowed(client)
             else:
                 client.receive(piece)
             drain(client)
@@ -247,26 +226,29 @@ def attack_client(wish: Wish, stream: bytes, chance: random.Random) -> None:
         assert str(error).isprintable()
 
 
-def _ask_what_is_allowed(client: ClientTransmission) -> None:
-    """The session is a lie as well: what it does not allow is refused on our side, which is as good."""
-    try:
-        _ask_everything(client)
-    except LocalProtocolError:
-        assert client.in_flight >= 0
-
-
 _CHANCES = st.integers(0, 1 << 62).map(random.Random)
 
 
-@given(st.sampled_from((*WISHES, None)), _CHANCES)
-def test_a_lying_client_is_answered_or_left(wish: Wish | None, chance: random.Random) -> None:
-    stream = options() if wish is None else conversation(wish)[0]
+def said_by_clients() -> list[bytes]:
+    """Every seed against the server."""
+    return [options(), *(conversation(wish)[0] for wish in WISHES), *ASKED.values()]
+
+
+def said_by_servers() -> list[tuple[Wish, bytes]]:
+    """Every seed against the client, with what the client wished for."""
+    ours = [(wish, conversation(wish)[1]) for wish in WISHES]
+    return ours + [(PLAIN_WISHES[int(name.split("-")[1])], stream) for name, stream in ANSWERED.items()]
+
+
+@given(st.deferred(lambda: st.sampled_from(said_by_clients())), _CHANCES)
+def test_a_lying_client_is_answered_or_left(stream: bytes, chance: random.Random) -> None:
     attack_server(mutate(stream, chance), chance)
 
 
-@given(st.sampled_from(WISHES), _CHANCES)
-def test_a_lying_server_is_believed_or_left(wish: Wish, chance: random.Random) -> None:
-    attack_client(wish, mutate(conversation(wish)[1], chance), chance)
+@given(st.deferred(lambda: st.sampled_from(said_by_servers())), _CHANCES)
+def test_a_lying_server_is_believed_or_left(seed: tuple[Wish, bytes], chance: random.Random) -> None:
+    wish, stream = seed
+    attack_client(wish, mutate(stream, chance), chance)
 
 
 @given(st.binary(max_size=300), _CHANCES)
@@ -288,16 +270,60 @@ def test_noise_is_no_reply(mode: Mode, noise: bytes, chance: random.Random) -> N
         assert str(error).isprintable()
 
 
-@pytest.mark.parametrize("wish", WISHES, ids=str)
-def test_an_honest_conversation_is_understood(wish: Wish) -> None:
+@pytest.mark.parametrize("cut", [1, 3, 1 << 20], ids=["byte by byte", "by three bytes", "whole"])
+@pytest.mark.parametrize("wish", [*PLAIN_WISHES, Wish("nothing")], ids=str)
+def test_every_request_is_understood_however_it_is_cut(wish: Wish, cut: int) -> None:
+    """Whole, each message also has others behind it."""
     asked, answered = conversation(wish)
-    server = _server()
+    server = new_server()
     said = bytearray(server.handshake.data_to_send())
-    if wish.tls is TlsWish.ALWAYS:
-        return
-    for piece in pieces(asked, random.Random(7)):
-        said += server.feed(piece)
+    for at in range(0, len(asked), cut):
+        said += server.feed(asked[at : at + cut])
     assert bytes(said) == answered
+
+
+@pytest.mark.parametrize("cut", [1, 3, 1 << 20], ids=["byte by byte", "by three bytes", "whole"])
+@pytest.mark.parametrize("wish", PLAIN_WISHES, ids=str)
+def test_every_reply_is_understood_however_it_is_cut(wish: Wish, cut: int) -> None:
+    client, completed = understood(wish, conversation(wish)[1], cut)
+    assert client.in_flight == 0
+    assert [event.error for event in completed] == [None] * len(completed)
+    assert len(completed) == {Mode.SIMPLE: 7, Mode.STRUCTURED: 9, Mode.EXTENDED: 10}[client.session.mode]
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_other_clients_asked_is_understood(name: str) -> None:
+    server = new_server()
+    server.feed(ASKED[name])
+    assert server.closed
+    assert not [event for event in server.disks["disk"].log if isinstance(event, BadRequest)]
+
+
+@pytest.mark.parametrize("name", ANSWERED)
+def test_what_other_servers_answered_is_understood(name: str) -> None:
+    client, completed = understood(PLAIN_WISHES[int(name.split("-")[1])], ANSWERED[name], 1 << 20)
+    assert client.in_flight == 0
+    assert len(completed) > 5
+    assert all(event.error is None for event in completed)
+
+
+def understood(wish: Wish, stream: bytes, cut: int) -> tuple[ClientTransmission, list[Completed]]:
+    """A client that asks for everything and hears the stream in pieces of `cut` bytes, and what it was answered."""
+    opening = Opening(wish)
+    client: ClientTransmission | None = None
+    events: list[Completed] = []
+    for at in range(0, len(stream), cut):
+        if client is None:
+            opening.receive(stream[at : at + cut])
+            event = opening.next_event()
+            if isinstance(event, Ready):
+                client = ClientTransmission(event.session, opening.take_leftover())
+                ask_what_is_allowed(client)
+        else:
+            client.receive(stream[at : at + cut])
+        events += [event for event in (drain(client) if client else []) if isinstance(event, Completed)]
+    assert client is not None
+    return client, events
 
 
 def test_a_flood_of_claims_takes_no_memory() -> None:
@@ -308,7 +334,7 @@ def test_a_flood_of_claims_takes_no_memory() -> None:
     ]
     tracemalloc.start()
     try:
-        servers = [_server() for _ in claims]
+        servers = [new_server() for _ in claims]
         before = tracemalloc.get_traced_memory()[0]
         for server, claim in zip(servers, claims, strict=True):
             server.feed(claim)
@@ -318,17 +344,16 @@ def test_a_flood_of_claims_takes_no_memory() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("wish", WISHES, ids=str)
-def test_a_campaign_against_the_server(wish: Wish) -> None:
-    for number in range(ROUNDS):
-        chance = random.Random(number)
-        attack_server(mutate(conversation(wish)[0], chance), chance)
-        attack_server(mutate(options(), chance), chance)
+def test_a_campaign_against_the_server() -> None:
+    for stream in said_by_clients():
+        for number in range(ROUNDS):
+            chance = random.Random(number)
+            attack_server(mutate(stream, chance), chance)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("wish", WISHES, ids=str)
-def test_a_campaign_against_the_client(wish: Wish) -> None:
-    for number in range(ROUNDS):
-        chance = random.Random(number)
-        attack_client(wish, mutate(conversation(wish)[1], chance), chance)
+def test_a_campaign_against_the_client() -> None:
+    for wish, stream in said_by_servers():
+        for number in range(ROUNDS):
+            chance = random.Random(number)
+            attack_client(wish, mutate(stream, chance), chance)

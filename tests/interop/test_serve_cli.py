@@ -121,6 +121,22 @@ def test_it_listens_on_tcp(image: Path) -> None:
     assert server.end()[0] == 0
 
 
+def test_a_client_that_never_gets_ready_is_put_out(image: Path, place: str) -> None:
+    server = Running("-t", "--handshake-limit", "0.2", "-k", place, image)
+    with connected_to(place) as silent:
+        while silent.recv(64):
+            pass  # the greeting, then the end
+    status, said = server.end()
+    assert (status, said.count("for too long")) == (0, 1)
+
+
+def test_a_client_that_asks_nothing_is_put_out(image: Path, place: str) -> None:
+    server = Running("-t", "--idle-timeout", "0.2", "-k", place, image)
+    assert connect(place).ended()
+    status, said = server.end()
+    assert (status, said.count("for too long")) == (0, 1)
+
+
 def test_a_server_is_listed(image: Path, place: str) -> None:
     server = Running("-t", "-k", place, "-x", "disk", "-D", "what it is", "-A", image)
     listed = run("-L", "-k", place)
