@@ -58,6 +58,24 @@ def warn(message: str) -> None:
     sys.stderr.write(f"{paint('cowslice: warning:', 'yellow', sys.stderr)} {printable(message)}\n")
 
 
+def write_whole(path: str, content: bytes, what: str) -> None:
+    """Write a file whole or not at all: an old one stands until the new one is complete. Raises StorageError."""
+    from contextlib import suppress
+
+    from cowslice.errors import StorageError
+
+    beside = f"{path}.{os.getpid()}.part"
+    try:
+        with open(beside, "xb") as file:
+            file.write(content)
+        os.replace(beside, path)
+    except OSError as error:
+        raise StorageError.of(error, f"write the {what}", path) from error
+    finally:
+        with suppress(OSError):
+            os.unlink(beside)
+
+
 def exact_size(size: int) -> str:
     """A size for people who may also need the number: '40 GiB (42949672960 bytes)'."""
     from cowslice.units import format_size

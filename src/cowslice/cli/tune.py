@@ -1,35 +1,24 @@
-"""`cowslice tune`: the words, and what each image, trace and storage becomes before advice is given.
+"""`cowslice tune`: the words, and where what is found goes.
 
 It does not know how advice looks. Results go to standard output once all is known; progress goes to standard error.
 """
 
 from __future__ import annotations
 
-import os
 import sys
-from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cowslice.cli import exitcodes
-from cowslice.cli.images import open_image
-from cowslice.cli.options import Given, chain, common, image_format, name_image, output_format
-from cowslice.cli.output import say, say_json, warn
-from cowslice.cli.progress import maybe_shown
+from cowslice.cli.options import Given, chain, common, image_format, output_format
+from cowslice.cli.output import say, say_json, write_whole
+from cowslice.cli.tuning import Asked, Tuned, tuned
 from cowslice.units import parse_size
 
 if TYPE_CHECKING:
-    from cowslice.image.image import Image
-    from cowslice.tune.advise import Advice
     from cowslice.tune.calibrate import Calibration
-    from cowslice.tune.trace import RequestSource
-    from cowslice.tune.verify import Proof
 
-ASSUMED = "uniform"
-ASSUMPTION = ("No trace was given, so this assumes reads of 4 KiB all over the disk, every place as likely: the worst "
-              "case for a cache. Tell what the guest does by --trace, or by --workload.")
 _SIZES = ("cache_size", "l2_cache_size", "refcount_cache_size", "l2_cache_entry_size")
 
 EPILOG = """\b
@@ -57,41 +46,6 @@ The image is only read; for one that is in use add -U.
 
 \b
 Exit status: 0 done, 1 failed, 64 usage."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """What the command line asks of every image."""
-
-    given: Given
-    traces: tuple[str, ...]
-    trace_format: str | None
-    disks: tuple[str, ...]
-    skip_bad: bool
-    workload: str | None
-    sizes: dict[str, str | None]
-    depth: int
-    device: str
-    shows_progress: bool
-    verifies: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Tuned:
-    """The advice on one image, and what it assumes where no trace was given, or ''."""
-
-    advice: Advice
-    assumption: str
-    skipped: int
-    notes: tuple[str, ...]
-    proofs: tuple[Proof, ...] | None
-
-    def as_json(self) -> dict[str, Any]:
-        from cowslice.tune.wording import as_json
-
-        return {**as_json(self.advice), "assumption": self.assumption or None, "trace-lines-skipped": self.skipped,
-                "trace-notes": list(self.notes),
-                "verified": None if self.proofs is None else [proof.as_json() for proof in self.proofs]}
 
 
 @click.command("tune", epilog=EPILOG)
@@ -135,10 +89,10 @@ def command(
     limit = None if budget is None else parse_size(budget, "--budget")
     _check(images, asked, limit)
     calibrations: dict[int, Calibration] = {}
-    tuned = [_tune(number, image, asked, calibrations) for number, image in enumerate(images)]
+    all_tuned = [tuned(number, image, asked, calibrations) for number, image in enumerate(images)]
     if page is not None:
-        _write_page(page, tuned)
-    _say_all(tuned, limit, "json" if wants_json else output, quiet)
+        _write_page(page, all_tuned)
+    _say_all(all_tuned, limit, "json" if wants_json else output, quiet)
     return exitcodes.OK
 
 
@@ -163,93 +117,10 @@ def _check(images: tuple[str, ...], asked: Asked, budget: int | None) -> None:
         raise click.UsageError("--budget is shared among several images, but there is one")
 
 
-def _tune(number: int, image: str, asked: Asked, calibrations: dict[int, Calibration]) -> Tuned:
-    """Study one image. Whatever can be refused is, before the storage is measured."""
-    from cowslice.tune.advise import advise
-    from cowslice.tune.study import Setting, gather
-
-    today = Setting(**_todays_sizes(image, asked))
-    with open_image(image, asked.given, warmup="off") as disk:
-        today.sizes(disk)
-        source = _source(number, disk.size, asked)
-        calibration = _calibration(disk, asked, calibrations)
-        with maybe_shown("reading the map and the requests", asked.shows_progress, unit="steps") as advance:
-            advice = advise(gather(disk, source, calibration=calibration, source=source.name, name=disk.path,
-                                   today=today, depth=asked.depth, on_progress=advance))
-    proofs = _verified(image, asked, advice, source) if asked.verifies else None
-    if source.skipped:
-        warn(f"'{source.name}': {source.skipped} malformed lines were passed over")
-    for note in source.notes:
-        warn(f"'{source.name}': {note}")
-    assumed = ASSUMPTION if not asked.traces and asked.workload is None else ""
-    return Tuned(advice, assumed, source.skipped, source.notes, proofs)
-
-
-def _verified(image: str, asked: Asked, advice: Advice, source: RequestSource) -> tuple[Proof, ...]:
-    from cowslice.tune.verify import verify
-
-    def opener(cache: int, entry: int, direct: bool) -> Image:
-        return open_image(image, asked.given, warmup="off", backing=None, direct=direct, cache_size=None,
-                          l2_cache_size=cache, l2_cache_entry_size=entry)
-
-    with maybe_shown("replaying", asked.shows_progress, unit="steps") as advance:
-        return tuple(verify(advice, source, opener, on_progress=advance))
-
-
-def _todays_sizes(image: str, asked: Asked) -> dict[str, Any]:
-    """Sizes given as options, else those that stand in --image-opts."""
-    named = name_image(image, asked.given).options
-    return {name: size if size is not None else named.get(name.replace("_", "-")) for name, size in asked.sizes.items()}
-
-
-def _source(number: int, size: int, asked: Asked) -> RequestSource:
-    if not asked.traces:
-        from cowslice.tune.synthetic import synthetic
-
-        return synthetic(asked.workload if asked.workload is not None else ASSUMED, size=size)
-    from cowslice.tune.trace import open_trace
-
-    trace = asked.traces[number if len(asked.traces) > 1 else 0]
-    disk = asked.disks[number if len(asked.disks) > 1 else 0] if asked.disks else None
-    return open_trace(trace, format=asked.trace_format, skip_bad=asked.skip_bad, disk=disk)
-
-
-def _calibration(disk: Image, asked: Asked, known: dict[int, Calibration]) -> Calibration:
-    """The constants that were given, or measured: once for all images on one file system."""
-    from cowslice.storage.locate import local_path
-    from cowslice.tune.calibrate import calibrate, parse_device
-
-    if asked.device != "calibrate":
-        return parse_device(asked.device)
-    path = local_path(disk.path)
-    device = os.stat(path).st_dev if path is not None and os.path.exists(path) else None
-    if device is not None and device in known:
-        return known[device]
-    with maybe_shown("measuring the storage", asked.shows_progress, unit="steps") as advance:
-        measured = calibrate(disk.path, on_progress=advance)
-        if advance is not None:
-            advance(1, 1)  # without QEMU it ends before all steps
-    if device is not None:
-        known[device] = measured
-    return measured
-
-
-def _write_page(path: str, tuned: list[Tuned]) -> None:
-    """Whole or not at all: an old page stands until the new one is complete."""
-    from cowslice.errors import StorageError
+def _write_page(path: str, all_tuned: list[Tuned]) -> None:
     from cowslice.tune.report import page
 
-    text = page([(each.advice, each.assumption) for each in tuned])
-    beside = f"{path}.{os.getpid()}.part"
-    try:
-        with open(beside, "x", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(beside, path)
-    except OSError as error:
-        raise StorageError.of(error, "write the page", path) from error
-    finally:
-        with suppress(OSError):
-            os.unlink(beside)
+    write_whole(path, page([(each.advice, each.assumption) for each in all_tuned]).encode(), "page")
 
 
 def _say_all(tuned: list[Tuned], budget: int | None, output: str, quiet: bool) -> None:
