@@ -29,7 +29,7 @@ Examples:
   cowslice tune vm.qcow2 --workload zipf:theta=1.1,write=0.3 --l2-cache-size 2M
   cowslice tune vm.qcow2 --device read4k=177us,read64k=423us,rate4k=56700,rate64k=8090
   cowslice tune a.qcow2 b.qcow2 --trace a.log --trace b.log --budget 8M
-  cowslice tune vm.qcow2 --trace guest.log --html advice.html
+  cowslice tune vm.qcow2 --trace guest.log --html advice.html --png advice.png
   cowslice tune vm.qcow2 --trace guest.log --verify    forecast beside measured
   cowslice tune --json vm.qcow2 | jq -r .paste.drive
 
@@ -70,6 +70,8 @@ Exit status: 0 done, 1 failed, 64 usage."""
               help="Replay the first 20000 requests as reads, also in QEMU if installed: forecast beside measured.")
 @click.option("--html", "page", metavar="FILE", type=click.Path(dir_okay=False),
               help="Also write it as one page that needs nothing else: curves, heat map, packing.")
+@click.option("--png", metavar="FILE", type=click.Path(dir_okay=False),
+              help="Also draw the curves and the forecast as a picture; needs matplotlib.")
 @output_format
 @click.option("--json", "wants_json", is_flag=True, help="The same as --output=json.")
 @click.option("-p", "progress", is_flag=True, help="Show progress, also where standard error is no terminal.")
@@ -78,7 +80,7 @@ Exit status: 0 done, 1 failed, 64 usage."""
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 def command(
     images: tuple[str, ...], output: str, wants_json: bool, quiet: bool, progress: bool, budget: str | None,
-    page: str | None, **chosen: Any,
+    page: str | None, png: str | None, **chosen: Any,
 ) -> int:
     """Say which metadata cache IMAGE needs, from its map, what its guest does, and how fast its storage is.
 
@@ -88,10 +90,13 @@ def command(
     asked = _asked(chosen, shows_progress=not quiet and (progress or sys.stderr.isatty()))
     limit = None if budget is None else parse_size(budget, "--budget")
     _check(images, asked, limit)
+    if png is not None:
+        from cowslice.tune.picture import check_can_draw
+
+        check_can_draw(len(images))
     calibrations: dict[int, Calibration] = {}
     all_tuned = [tuned(number, image, asked, calibrations) for number, image in enumerate(images)]
-    if page is not None:
-        _write_page(page, all_tuned)
+    _write_pictures(all_tuned, page, png)
     _say_all(all_tuned, limit, "json" if wants_json else output, quiet)
     return exitcodes.OK
 
@@ -117,10 +122,15 @@ def _check(images: tuple[str, ...], asked: Asked, budget: int | None) -> None:
         raise click.UsageError("--budget is shared among several images, but there is one")
 
 
-def _write_page(path: str, all_tuned: list[Tuned]) -> None:
-    from cowslice.tune.report import page
+def _write_pictures(all_tuned: list[Tuned], page: str | None, png: str | None) -> None:
+    if page is not None:
+        from cowslice.tune.report import page as drawn
 
-    write_whole(path, page([(each.advice, each.assumption) for each in all_tuned]).encode(), "page")
+        write_whole(page, drawn([(each.advice, each.assumption) for each in all_tuned]).encode(), "page")
+    if png is not None:
+        from cowslice.tune.picture import picture
+
+        write_whole(png, picture([each.advice for each in all_tuned]), "picture")
 
 
 def _say_all(tuned: list[Tuned], budget: int | None, output: str, quiet: bool) -> None:
