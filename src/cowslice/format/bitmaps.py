@@ -150,6 +150,13 @@ def bitmap_fault(bitmap: Bitmap, geometry: Geometry, size: int) -> str:
     return _record_fault(bitmap) or _table_fault(bitmap, geometry, size)
 
 
+def is_foreign(bitmap: Bitmap) -> bool:
+    """Whether the record may be sound, but is of a kind, or has flags or data, that only a newer program knows."""
+    unknown = int(bitmap.flags) & ~KNOWN_FLAGS
+    extra = bitmap.extra and not bitmap.flags & BitmapFlags.EXTRA_DATA_COMPATIBLE
+    return bool(bitmap.type != DIRTY_TRACKING or unknown or extra)
+
+
 def bitmap_table_entries(size: int, granularity_bits: int, geometry: Geometry) -> int:
     """Entries of the table that a bitmap of a guest disk of `size` bytes must have, exactly."""
     bits = div_ceil(size, 1 << granularity_bits)

@@ -150,14 +150,14 @@ class Counting(CheckRun):
                 self.survey.must_rebuild = (self.survey.must_rebuild
                                             or f"there is no block for the refcounts of clusters from {first} on")
             return
-        block = bytearray(self.tables.storage.read(offset, size))
+        block = bytearray(self.overlay.read(offset, size))  # with what another window of the same block has planned
         raised, risen = tally.put(first, block, order, up=True)
         if risen and self.lower_only:
             self.survey.must_rebuild = "clusters that are in use count zero"
         if raised and not self.lower_only:
             self.overlay.change(Stage.RAISE, offset, bytes(block), f"{raised} refcounts are too low")
         elif raised:
-            block = bytearray(self.tables.storage.read(offset, size))
+            block = bytearray(self.overlay.read(offset, size))
         lowered, _ = tally.put(first, block, order, down=True)
         if lowered:
             self.overlay.change(Stage.LOWER, offset, bytes(block), f"{lowered} clusters are leaked")
@@ -218,7 +218,7 @@ class Flagging(CheckRun):
     def _is_flag_wrong(self, tally: Tally, word: int) -> bool:
         offset = word & L2_OFFSET_MASK
         if word & COMPRESSED:
-            return False
+            return bool(word & COPIED)
         if self.tables.header.has_data_file:
             return not word & COPIED
         cluster = offset >> self.geometry.cluster_bits

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from cowslice.errors import BadOption, ReadOnly, UnsupportedImage
 from cowslice.format.header import Incompatible
 from cowslice.ops.check import MAX_CLUSTERS, WINDOW, CheckReport, Progress, check
+from cowslice.ops.mendbitmaps import mend_bitmaps
 from cowslice.ops.mending import Counting, Flagging, Survey, mend_snapshots
 from cowslice.ops.newcounts import NewCounts
 from cowslice.ops.overlay import Edit, Overlay, Stage
@@ -106,6 +107,7 @@ class _Work:
         self.overlay = Overlay(storage)
         self.left: list[str] = []
         self._entries: dict[int, bytes] = {}
+        self._damaged_bitmaps = False
 
     def plan(self) -> RepairReport:
         """Fill the overlay, and say what its image would be."""
@@ -119,7 +121,7 @@ class _Work:
             return self._nothing(before, f"the refcount structures must be rebuilt ({survey.must_rebuild}), which "
                                          "only -r all does")
         if self.all:
-            survey = self._mend_entries(survey)
+            survey = self._mend_entries(self._mend_bitmaps(survey))
             if mend_snapshots(self.overlay) and not survey.must_rebuild:
                 survey.must_rebuild = "a new snapshot table needs counts"
             if survey.must_rebuild:
@@ -141,6 +143,14 @@ class _Work:
         run.everything()
         return run.survey
 
+    def _mend_bitmaps(self, survey: Survey) -> Survey:
+        """Let damaged bitmaps go, and count again without them."""
+        self._damaged_bitmaps = mend_bitmaps(self.overlay, self.left)
+        if not self._damaged_bitmaps:
+            return survey
+        self._restart()
+        return self._count(fresh=False)
+
     def _mend_entries(self, survey: Survey) -> Survey:
         """Turn impossible entries into zeros, and count again, until there are no more."""
         for _ in range(_MOST_ROUNDS):
@@ -152,9 +162,11 @@ class _Work:
         return survey
 
     def _restart(self) -> None:
-        """Forget all but the entries that become zeros."""
+        """Forget all but the bitmaps that go and the entries that become zeros."""
         self.overlay.close()
         self.overlay = Overlay(self.storage)
+        if self._damaged_bitmaps:
+            mend_bitmaps(self.overlay, [])
         for offset, new in self._entries.items():
             self.overlay.change(Stage.MEND, offset, new, "an unaligned cluster of zeros owns space")
 
