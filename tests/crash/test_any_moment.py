@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from cowslice.ops.check import check
 from cowslice.storage import Storage
 from cowslice.testing import peers, steps
 from cowslice.testing.crash import CrashRecord, CrashState, crash_states
+from cowslice.testing.crashfile import CrashFiles
 from cowslice.testing.modeldisk import ModelDisk
 from cowslice.testing.twin import Files, Shape, Twin, make_files, shape_by_chance
 
@@ -43,6 +45,19 @@ def recorded(files: Files, model: ModelDisk, work: Callable[[Twin], object], rec
     return record
 
 
+def recorded_by_descriptor(files: Files, model: ModelDisk, work: Callable[[Twin], object]) -> CrashRecord:
+    """The same on the files themselves, which compiled code writes to."""
+    paths = [files.image] if files.shape.data_file == "none" else [files.image, files.directory / "data"]
+    with CrashFiles(*paths) as crash:
+        twin = Twin(files.shape, model, lambda: files.open(warmup="off"))
+        twin.flushed = crash.mark
+        work(twin)
+        twin.close()
+        crash.mark(model.flush())
+    assert crash.past, "compiled code wrote nothing"
+    return crash.record
+
+
 def fault_of(files: Files, model: ModelDisk, state: CrashState) -> str:
     """What is wrong with the image after a crash, '' for nothing. A dirty image may count wrongly: it says so."""
     image = state.storage()
@@ -59,10 +74,11 @@ def is_dirty(image: Storage) -> bool:
     return bool(image.read(DIRTY_BYTE, 1)[0] & DIRTY)
 
 
-def survive(files: Files, seed: int, *, count: int, limit: int) -> list[CrashState]:
+def survive(files: Files, seed: int, *, count: int, limit: int, compiled: bool = False) -> list[CrashState]:
     """Play, crash everywhere, judge every state; returns the states."""
     chooser, model = random.Random(seed), ModelDisk(files.content)
-    record = recorded(files, model, lambda twin: steps.play(twin, chooser, count))
+    play = recorded_by_descriptor if compiled else recorded
+    record = play(files, model, lambda twin: steps.play(twin, chooser, count))
     states = list(crash_states(record, seed=seed, limit=limit))
     faults = {state.name: fault for state in states if (fault := fault_of(files, model, state))}
     assert not faults, f"seed {seed}, {files.shape}: {faults}"
@@ -74,6 +90,19 @@ def survive(files: Files, seed: int, *, count: int, limit: int) -> list[CrashSta
 def test_no_crash_loses_what_was_flushed(seed: int, tmp_path: Path) -> None:
     files = make_files(shape_by_chance(random.Random(seed)), tmp_path)
     survive(files, seed, count=25, limit=10)
+
+
+@pytest.mark.parametrize("seed", range(12, 20))
+@peers.needs("qemu-img")
+def test_no_crash_loses_what_was_flushed_when_compiled_code_writes(seed: int, tmp_path: Path) -> None:
+    files = make_files(plain_shape(seed), tmp_path)
+    survive(files, seed, count=30, limit=8, compiled=True)
+
+
+def plain_shape(seed: int) -> Shape:
+    """Compiled code leaves encrypted clusters to others."""
+    shape = shape_by_chance(random.Random(seed))
+    return dataclasses.replace(shape, encryption="none")
 
 
 @peers.needs("qemu-img")
@@ -111,3 +140,11 @@ def test_a_short_run_survives_every_crash_there_is(shape: Shape, tmp_path: Path)
 def test_no_crash_loses_what_was_flushed_in_longer_runs(seed: int, tmp_path: Path) -> None:
     files = make_files(shape_by_chance(random.Random(seed)), tmp_path)
     survive(files, seed, count=80, limit=40)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(300, 380))
+@peers.needs("qemu-img")
+def test_no_crash_loses_what_was_flushed_in_longer_runs_of_compiled_code(seed: int, tmp_path: Path) -> None:
+    files = make_files(plain_shape(seed), tmp_path)
+    survive(files, seed, count=80, limit=30, compiled=True)
