@@ -159,7 +159,12 @@ class Life(RuleBasedStateMachine):
         size = chance.choice((now + UNIT, now - UNIT, now // 2, now * 2, now + 3 * cluster, 64 * KiB))
         size = min(max(size, UNIT), LARGEST) // UNIT * UNIT
         self.twin.disk.resize(size, shrink=True, preallocation=preallocation if size > now else "off")
-        self.twin.model = ModelDisk(bytes(self.twin.model.content[:size].ljust(size, b"\0")))
+        self.resized(size)
+
+    def resized(self, size: int) -> None:
+        """Bitmaps forget what was behind the end."""
+        self.twin.model = ModelDisk(fitted(self.twin.model.content, size))
+        self.begun = {name: fitted(content, size) for name, content in self.begun.items()}
 
     @rule(bits=st.sampled_from([1, 2, 4, 8, 16, 32, 64]))
     @precondition(lambda self: self.shape.version == 3)
@@ -272,13 +277,12 @@ class Life(RuleBasedStateMachine):
         self.twin.model = ModelDisk(self.shots[name])
 
     @rule(clusters=st.integers(1, 8))
-    @precondition(lambda self: self.plain and self.twin.model.size < LARGEST
-                  and (self.shape.version == 3 or not self.shots))
+    @precondition(lambda self: self.plain and self.twin.model.size < LARGEST and self.shape.version == 3)
     def qemu_grows(self, clusters: int) -> None:
         size = self.twin.model.size + clusters * self.shape.cluster_size
         with self.handed_over():
             peers.qemu_img("resize", "-q", "-f", "qcow2", self.files.image, size)
-        self.twin.model = ModelDisk(bytes(self.twin.model.content.ljust(size, b"\0")))
+        self.resized(size)
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
@@ -315,6 +319,10 @@ class Life(RuleBasedStateMachine):
         changed = {at for at in sectors if now[at : at + UNIT] != before[at : at + UNIT]}
         marked = {at for start, length in disk.dirty_extents(name) for at in range(start, start + length, UNIT)}
         assert changed <= marked, f"bitmap {name} of {self.shape} misses {sorted(changed - marked)[:5]}"
+
+
+def fitted(content: bytes, size: int) -> bytes:
+    return bytes(content[:size].ljust(size, b"\0"))
 
 
 def live(examples: int, length: int) -> None:
