@@ -124,9 +124,11 @@ def _check(images: tuple[str, ...], asked: Asked, budget: int | None) -> None:
 
 def _write_pictures(all_tuned: list[Tuned], page: str | None, png: str | None) -> None:
     if page is not None:
+        from cowslice.tune.report import Told
         from cowslice.tune.report import page as drawn
 
-        write_whole(page, drawn([(each.advice, each.assumption) for each in all_tuned]).encode(), "page")
+        told = [Told(each.advice, each.assumption, each.proofs or ()) for each in all_tuned]
+        write_whole(page, drawn(told).encode(), "page")
     if png is not None:
         from cowslice.tune.picture import picture
 

@@ -14,7 +14,7 @@ from cowslice.cli.output import paint, printable, say, say_table
 from cowslice.tune.advise import Advice, Choice
 from cowslice.tune.sharing import Division, Part
 from cowslice.tune.verify import Proof
-from cowslice.tune.wording import duration, headline, pasted, percent, rate, sentences
+from cowslice.tune.wording import duration, headline, pasted, percent, percent_exactly, rate, sentences
 from cowslice.units import KiB, format_size
 
 COLUMNS = 48  # of a curve
@@ -75,11 +75,6 @@ def _proof_row(proof: Proof) -> tuple[str, ...]:
     return (proof.engine.replace("qemu", "QEMU"), proof.role, format_size(proof.cache_bytes),
             format_size(proof.entry_bytes), str(proof.depth), percent_exactly(proof.forecast_hits), measured,
             rate(proof.forecast_rate), rate(proof.measured_rate))
-
-
-def percent_exactly(share: float) -> str:
-    """A share to a hundredth of a percent, for comparing two."""
-    return f"{share * 100:.2f} %"
 
 
 _ENGINES: tuple[tuple[str, Callable[[Part], Choice]], ...] = (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cowslice.cli.images import open_image
-from cowslice.cli.options import Given, name_image
+from cowslice.cli.options import Given, name_image, secret_of
 from cowslice.cli.output import warn
 from cowslice.cli.progress import maybe_shown
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cowslice.image.image import Image
     from cowslice.tune.advise import Advice
     from cowslice.tune.calibrate import Calibration
+    from cowslice.tune.qemuio import Key
     from cowslice.tune.trace import RequestSource
     from cowslice.tune.verify import Proof
 
@@ -64,17 +65,19 @@ class Tuned:
 def tuned(number: int, image: str, asked: Asked, calibrations: dict[int, Calibration]) -> Tuned:
     """Study one image. Whatever can be refused is, before the storage is measured."""
     from cowslice.tune.advise import advise
+    from cowslice.tune.ciphered import deciphering, key_of
     from cowslice.tune.study import Setting, gather
 
     today = Setting(**_todays_sizes(image, asked))
     with open_image(image, asked.given, warmup="off") as disk:
         today.sizes(disk)
         source = _source(number, disk.size, asked)
-        calibration = _calibration(disk, asked, calibrations)
+        key = key_of(disk, _secret(image, asked))
+        calibration = deciphering(_calibration(disk, asked, calibrations), disk, key)
         with maybe_shown("reading the map and the requests", asked.shows_progress, unit="steps") as advance:
             advice = advise(gather(disk, source, calibration=calibration, source=source.name, name=disk.path,
                                    today=today, depth=asked.depth, on_progress=advance))
-    proofs = _verified(image, asked, advice, source) if asked.verifies else None
+    proofs = _verified(image, asked, advice, source, key) if asked.verifies else None
     if source.skipped:
         warn(f"'{source.name}': {source.skipped} malformed lines were passed over")
     for note in source.notes:
@@ -83,7 +86,15 @@ def tuned(number: int, image: str, asked: Asked, calibrations: dict[int, Calibra
     return Tuned(advice, assumed, source.skipped, source.notes, proofs)
 
 
-def _verified(image: str, asked: Asked, advice: Advice, source: RequestSource) -> tuple[Proof, ...]:
+def _secret(image: str, asked: Asked) -> bytes | None:
+    """The passphrase that the command line gives for an image."""
+    name = name_image(image, asked.given).options.get("encrypt.key-secret")
+    return None if name is None else secret_of(name, asked.given.objects)
+
+
+def _verified(
+    image: str, asked: Asked, advice: Advice, source: RequestSource, key: Key | None
+) -> tuple[Proof, ...]:
     from cowslice.tune.verify import verify
 
     def opener(cache: int, entry: int, direct: bool) -> Image:
@@ -91,7 +102,7 @@ def _verified(image: str, asked: Asked, advice: Advice, source: RequestSource) -
                           l2_cache_size=cache, l2_cache_entry_size=entry)
 
     with maybe_shown("replaying", asked.shows_progress, unit="steps") as advance:
-        return tuple(verify(advice, source, opener, on_progress=advance))
+        return tuple(verify(advice, source, opener, key=key, on_progress=advance))
 
 
 def _todays_sizes(image: str, asked: Asked) -> dict[str, Any]:

@@ -26,7 +26,8 @@ BLOCK = 4 * KiB  # no storage reads less at once
 class Device:
     """A storage as one engine sees it. Seconds of a random read at depth 1, reads per second at depth 32.
 
-    `cpu` is what the engine itself spends on a request, in seconds.
+    `cpu` is what the engine itself spends on a request, in seconds; `miss_cpu` what ours spends on a miss besides
+    reading, `cipher` what either spends on each byte of an encrypted image.
     """
 
     read_4k: float
@@ -34,6 +35,8 @@ class Device:
     rate_4k: float
     rate_64k: float
     cpu: float
+    miss_cpu: float = 0.0
+    cipher: float = 0.0
 
     def seconds(self, length: int) -> float:
         """How long one read of `length` bytes takes alone: a line through the two that were measured."""
@@ -75,7 +78,7 @@ def forecast_qemu(device: Device, load: Load, *, misses: float, entry_bytes: int
     Its map is read under one lock, so misses are served one at a time and every other request queues behind them.
     `entries` is how many the cache has: all are searched.
     """
-    cpu = device.cpu + HIT_SEARCH * entries
+    cpu = device.cpu + device.cipher * load.length + HIT_SEARCH * entries
     waits = misses * (device.seconds(entry_bytes) + MISS_SEARCH * entries)
     limits = {
         "storage": device.rate(load.length),
@@ -89,13 +92,14 @@ def forecast_qemu(device: Device, load: Load, *, misses: float, entry_bytes: int
 
 
 def forecast_cowslice(device: Device, load: Load, *, misses: float, entry_bytes: int) -> Forecast:
-    """What our engine does: a miss costs itself, and takes from the storage what a read of its size takes."""
+    """What our engine does: a miss costs itself, and takes what a read of its size takes, of storage and processor."""
     data, metadata = device.seconds(load.length), device.seconds(entry_bytes)
     weight = device.rate(load.length) / device.rate(entry_bytes)
+    cpu = device.cpu + misses * (device.cpu + device.miss_cpu) + device.cipher * load.length
     limits = {
         "storage": device.rate(load.length) / (1 + misses * weight),
-        "depth": load.depth / (data + misses * metadata),
-        "processor": 1 / device.cpu,
+        "depth": load.depth / (data + misses * (metadata + device.miss_cpu)),
+        "processor": 1 / cpu,
     }
     rate, limit = _lowest(limits)
     if misses and limit != "processor" and rate < 0.95 * min(device.rate(load.length), load.depth / data):

@@ -1,7 +1,7 @@
 """Forecasts held against what happens: requests replayed by cowslice and by QEMU at several settings.
 
 It does not know how an image is opened. What must hold: nothing is written, so writes are replayed as reads, and both
-sides begin with an empty cache, so first touches count here on both.
+sides begin with an empty cache, so first touches count here on both. What is timed lasts long enough to be told.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,14 +17,23 @@ from cowslice.cache.sizes import MIN_L2_ENTRIES
 from cowslice.image.image import Image
 from cowslice.tune import qemuio
 from cowslice.tune.advise import Advice, Choice, Engine
-from cowslice.tune.model import Forecast, Load, forecast_cowslice, forecast_qemu
+from cowslice.tune.model import Load, forecast_cowslice, forecast_qemu
 from cowslice.tune.requests import Operation, Requests, joined
 from cowslice.tune.simulate import MapSetting, QemuSetting, Replayed, simulate
-from cowslice.units import KiB
+from cowslice.units import KiB, MiB
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 MOST_REQUESTS = 20_000  # that are replayed, from the beginning; each engine reads them at four settings
+LONGEST = 16 * MiB  # bytes of one request that are read: no guest asks for so many at once, but a line in a file may
+FLOOR = 0.05  # seconds that are timed at least: a replay that ends sooner is begun anew, with an empty cache again
+PATIENCE = 5.0  # seconds, opening included, after which no replay is begun anew
+BATCH_BYTES = 64 * MiB  # memory that one batch of reads fills
+_SAME, _MIXED = 1 << 14, 1 << 10  # requests of a batch: of one length, and where those of one length are picked out
 
 Opener = Callable[[int, int, bool], Image]  # cache bytes, entry bytes, around the page cache
+Batch = tuple["NDArray[np.int64]", int]  # offsets, and the length of each of these reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +57,15 @@ class Proof:
 
 
 def verify(
-    advice: Advice, requests: Iterable[Requests], opener: Opener, *,
+    advice: Advice, requests: Iterable[Requests], opener: Opener, *, key: qemuio.Key | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Proof]:
     """Replay the first MOST_REQUESTS at the advised setting, today's, half of the advised and full coverage.
 
-    `opener` opens the top file alone, without warm-up. QEMU is left out where `qemu-io` is not installed.
-    Raises StorageError and what reading the image raises.
+    `opener` opens the top file alone, without warm-up; `key` lets QEMU open it too, if it is encrypted. QEMU is left
+    out where `qemu-io` is not installed. Raises StorageError and what reading the image raises.
     """
-    reads = _reads(requests)
-    proving = _Proving(advice, reads, opener)
+    proving = _Proving(advice, _reads(requests), opener, key)
     roles = ("advised", "today", "half", "full")
     ours = _distinct(roles, (advice.ours, advice.ours_today, _half(advice.ours), advice.ours_full))
     qemu = _distinct(roles, (advice.qemu, advice.qemu_today, _half(advice.qemu), advice.qemu_full))
@@ -73,13 +81,14 @@ def verify(
 class _Proving:
     """One stretch of requests, replayed at one setting after the other."""
 
-    def __init__(self, advice: Advice, reads: Requests, opener: Opener) -> None:
+    def __init__(self, advice: Advice, reads: Requests, opener: Opener, key: qemuio.Key | None) -> None:
         self._e = advice.evidence
         self._reads = reads
         self._opener = opener
         self._spans = list(zip(reads.offset.tolist(), reads.length.tolist(), strict=True))
         self._direct = self._e.calibration.direct and not self._e.calibration.given
         self._load = Load(length=max(512, int(reads.length.mean())), depth=self._e.load.depth)
+        self._key = key
 
     def by_qemu(self, role: str, choice: Choice) -> Proof:
         setting = QemuSetting(choice.cache_bytes, choice.entry_bytes)
@@ -91,35 +100,68 @@ class _Proving:
                                  entry_bytes=choice.entry_bytes, entries=setting.entries)
         target = qemuio.qcow2_target(self._e.path, cache_bytes=choice.cache_bytes, entry_bytes=choice.entry_bytes,
                                      direct=self._direct)
-        counted = qemuio.replay(target, self._spans, depth=1, count=True).misses
-        timed = qemuio.replay(target, self._spans, depth=self._load.depth)  # counting takes time
+
+        def replayed(depth: int, *, count: bool = False) -> qemuio.Replayed:
+            return qemuio.replay(target, self._spans, depth=depth, count=count, key=self._key)
+
+        counted = replayed(1, count=True).misses
+        rate = self._rate(lambda: replayed(self._load.depth).seconds)  # apart, because counting takes time
         hits = None if counted is None else 1 - counted / lookups
-        return self._proof(role, choice, self._load.depth, (1 - misses / lookups, hits), (forecast, timed.rate))
+        return self._proof(role, choice, (1 - misses / lookups, hits), (forecast.rate, rate))
 
     def by_us(self, role: str, choice: Choice) -> Proof:
-        """One by one: then each lookup is counted once."""
-        with self._opener(choice.cache_bytes, choice.entry_bytes, self._direct) as disk:
-            budget = disk.cache.statistics()["budget"]
+        """Counted one by one, because then each lookup is counted once; timed as many at once as the guest asks."""
+        with self._opened(choice) as disk:
             buffer = memoryview(bytearray(int(self._reads.length.max())))
-            began = time.perf_counter()
             for offset, length in self._spans:
                 disk.read_into(offset, buffer[:length])
-            took = time.perf_counter() - began
             counted = disk.cache.statistics()
-        done = self._simulated(MapSetting(budget, self._e.packed), self._reads)
-        forecast = forecast_cowslice(self._e.calibration.ours, replace(self._load, depth=1),
-                                     misses=done.misses / len(self._spans), entry_bytes=choice.entry_bytes)
+        done = self._simulated(MapSetting(counted["budget"], self._e.packed), self._reads)
+        forecast = forecast_cowslice(self._e.calibration.ours, self._load, misses=done.misses / len(self._spans),
+                                     entry_bytes=choice.entry_bytes)
         # The engine counts a lookup for each run of clusters; a share is of pieces that requests touch, as QEMU's.
         hits = 1 - counted["misses"] / max(1, done.accesses)
-        return self._proof(role, choice, 1, (1 - done.miss_ratio, hits), (forecast, len(self._spans) / took))
+        parts = batches(self._reads)
+        out = memoryview(bytearray(max(len(offsets) * length for offsets, length in parts)))
+        rate = self._rate(lambda: self._our_seconds(choice, parts, out))
+        return self._proof(role, choice, (1 - done.miss_ratio, hits), (forecast.rate, rate))
+
+    def _our_seconds(self, choice: Choice, parts: Sequence[Batch], out: memoryview) -> float:
+        with self._opened(choice) as disk:
+            began = time.perf_counter()
+            for offsets, length in parts:
+                disk.read_many(offsets, length, out[: len(offsets) * length], depth=self._load.depth)
+            return time.perf_counter() - began
+
+    def _rate(self, replay: Callable[[], float]) -> float:
+        """Requests per second over as many replays as it takes to tell."""
+        patience = time.monotonic() + PATIENCE
+        seconds, times = replay(), 1
+        while seconds < FLOOR and time.monotonic() < patience:
+            seconds, times = seconds + replay(), times + 1
+        return times * len(self._spans) / seconds
+
+    def _opened(self, choice: Choice) -> Image:
+        return self._opener(choice.cache_bytes, choice.entry_bytes, self._direct)
 
     def _simulated(self, setting: QemuSetting | MapSetting, reads: Requests) -> Replayed:
         return simulate([reads], [setting], self._e.curves.geometry, disk_size=self._e.size)[0]
 
-    def _proof(self, role: str, choice: Choice, depth: int, hits: tuple[float, float | None],
-               rates: tuple[Forecast, float]) -> Proof:
-        return Proof(choice.engine, role, choice.cache_bytes, choice.entry_bytes, depth, len(self._spans), *hits,
-                     rates[0].rate, rates[1])
+    def _proof(self, role: str, choice: Choice, hits: tuple[float, float | None], rates: tuple[float, float]) -> Proof:
+        return Proof(choice.engine, role, choice.cache_bytes, choice.entry_bytes, self._load.depth, len(self._spans),
+                     *hits, *rates)
+
+
+def batches(reads: Requests) -> list[Batch]:
+    """The same reads as batches of one length each, in their order as nearly as that allows."""
+    lengths = np.unique(reads.length)
+    step = max(1, min(_SAME if len(lengths) == 1 else _MIXED, BATCH_BYTES // int(lengths[-1])))
+    made: list[Batch] = []
+    for first in range(0, len(reads), step):
+        part = reads.select(slice(first, first + step))
+        made += [(part.offset[part.length == length].astype(np.int64), int(length))
+                 for length in np.unique(part.length)]
+    return made
 
 
 def _reads(requests: Iterable[Requests]) -> Requests:
@@ -133,7 +175,8 @@ def _reads(requests: Iterable[Requests]) -> Requests:
         if not missing:
             break
     reads = joined(kept)
-    return replace(reads, operation=np.zeros(len(reads), dtype=np.uint8))
+    return replace(reads, operation=np.zeros(len(reads), dtype=np.uint8),
+                   length=np.minimum(reads.length, np.uint64(LONGEST)))
 
 
 def _half(choice: Choice) -> Choice:

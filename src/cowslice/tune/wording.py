@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from cowslice.tune.advise import Advice, Choice
+from cowslice.tune.advise import CLIFF_SPAN, Advice, Choice
 from cowslice.tune.calibrate import as_json as calibration_json
 from cowslice.tune.paste import option_size, pastes
 from cowslice.units import KiB, format_size
@@ -39,7 +39,7 @@ def headline(advice: Advice) -> str:
     """The disk and its trace in one line."""
     e, habits = advice.evidence, advice.evidence.habits
     length = f"{format_size(habits.mean_length)} on average"
-    writes = f", {habits.writes / habits.requests:.0%} writes" if habits.writes else ""
+    writes = f", {percent(habits.writes / habits.requests)} writes" if habits.writes else ""
     return (f"{e.name}: {format_size(e.size)} disk, {format_size(e.curves.geometry.cluster_size)} clusters; "
             f"{habits.requests:,} requests, {length}{writes}")
 
@@ -56,6 +56,11 @@ def percent(share: float) -> str:
     if share >= 0.0995:
         return f"{share * 100:.0f} %"
     return f"{share * 100:.2g} %" if share >= 5e-5 else "0 %"
+
+
+def percent_exactly(share: float) -> str:
+    """A share to a hundredth of a percent, for comparing two."""
+    return f"{share * 100:.2f} %"
 
 
 def duration(seconds: float) -> str:
@@ -117,9 +122,11 @@ def _cliff(advice: Advice) -> str:
     cliff = advice.cliff
     if cliff is None:
         return ""
+    just = cliff.above <= advice.qemu.cache_bytes < CLIFF_SPAN * cliff.above
+    told = "the advised size is just above it, so a little more is a margin" if just else "stay well above"
     return (f"There is a cliff: between {format_size(cliff.below)} and {format_size(cliff.above)} (entries of "
             f"{format_size(cliff.entry_bytes)}) misses fall from {percent(cliff.misses_below)} to "
-            f"{percent(cliff.misses_above)}. The guest loops over a part of the disk: stay well above.")
+            f"{percent(cliff.misses_above)}. The guest loops over a part of the disk: {told}.")
 
 
 def _entries(advice: Advice) -> str:

@@ -52,7 +52,7 @@ def test_other_words_are_refused_by_name(text: str, wrong: str) -> None:
 def test_everything_is_measured_without_qemu(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qemuio, "version", lambda: "")
     found = quick(file)
-    assert all(getattr(found.ours, field.name) > 0 for field in fields(found.ours))
+    assert all(getattr(found.ours, field.name) > 0 for field in fields(found.ours) if field.name != "cipher")
     assert not found.measured_qemu
     assert found.qemu.read_4k == found.ours.read_4k
 
@@ -62,7 +62,8 @@ def test_qemu_measures_its_own_way_to_the_storage(file: Path) -> None:
     steps: list[tuple[int, int]] = []
     found = calibrate(str(file), seconds=0.002, on_progress=lambda done, total: steps.append((done, total)))
     assert found.measured_qemu
-    assert all(getattr(found.qemu, field.name) > 0 for field in fields(found.qemu))
+    assert all(getattr(found.qemu, field.name) > 0 for field in fields(found.qemu)
+               if field.name not in ("cipher", "miss_cpu"))
     assert steps == [(n, 9) for n in range(1, 10)]
     assert as_json(found)["measured-by-qemu"] is True
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +17,7 @@ SEED = Device(read_4k=177.2e-6, read_64k=423.2e-6, rate_4k=56_700, rate_64k=8_09
 DEVICES = st.builds(
     Device,
     read_4k=st.floats(1e-6, 1e-2), read_64k=st.floats(1e-6, 1e-1), rate_4k=st.floats(100, 2e6),
-    rate_64k=st.floats(10, 5e5), cpu=st.floats(1e-7, 1e-4),
+    rate_64k=st.floats(10, 5e5), cpu=st.floats(1e-7, 1e-4), miss_cpu=st.floats(0, 1e-4), cipher=st.floats(0, 1e-8),
 )  # fmt: skip
 LOADS = st.builds(
     Load, length=st.integers(512, 1 << 20), depth=st.integers(1, 256), arrivals=st.none() | st.floats(0.1, 1e6)
@@ -71,6 +73,18 @@ def test_more_misses_never_make_a_disk_faster(
 ) -> None:
     few, many = (forecast(device, load, misses=each, entry_bytes=entry) for each in sorted(misses))
     assert many.rate <= few.rate * (1 + 1e-9)
+
+
+@FORECASTS
+def test_deciphering_costs_each_byte(forecast: type) -> None:
+    slow = replace(SEED, cipher=1e-8)  # 100 MB a second
+    rates = [forecast(slow, Load(length=length), misses=0, entry_bytes=4 * KiB).rate for length in (4 * KiB, 64 * KiB)]
+    assert rates == [pytest.approx(1 / (12.6e-6 + 1e-8 * 4096)), pytest.approx(1 / (12.6e-6 + 1e-8 * 65536))]
+
+
+def test_a_miss_of_ours_costs_its_packing_where_storage_costs_nothing() -> None:
+    memory = Device(read_4k=1e-7, read_64k=1e-7, rate_4k=1e9, rate_64k=1e9, cpu=1e-6, miss_cpu=3e-6)
+    assert forecast_cowslice(memory, Load(), misses=0.5, entry_bytes=4 * KiB).rate == pytest.approx(1 / 3e-6)
 
 
 @given(device=DEVICES, misses=st.floats(0.01, 1))

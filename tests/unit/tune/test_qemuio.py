@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from cowslice.errors import StorageError
 from cowslice.ops.layout import write_populated_image
-from cowslice.testing.peers import needs
+from cowslice.testing.peers import needs, qemu_img
 from cowslice.tune import qemuio
 from cowslice.units import GiB, KiB, MiB
 
-pytestmark = needs("qemu-io")
+pytestmark = needs("qemu-io", "qemu-img")
 
 
 @pytest.fixture
@@ -46,6 +47,30 @@ def test_misses_are_counted_only_when_that_is_asked(image: str) -> None:
 def test_a_read_that_cannot_be_is_told(image: str) -> None:
     with pytest.raises(StorageError, match="qemu-io could not read"):
         qemuio.replay(target(image, MiB), [(2 * GiB, 4096)], depth=1)
+
+
+@pytest.fixture(scope="module")
+def encrypted(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("encrypted") / "disk.qcow2")
+    qemu_img("create", "--object", "secret,id=key,data=sesame", "-f", "qcow2", "-o",
+             "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10", path, "64M")
+    return path
+
+
+def test_an_encrypted_image_is_read_and_its_passphrase_stands_on_no_command_line(
+    encrypted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, told = subprocess.Popen, []
+    monkeypatch.setattr(subprocess, "Popen", lambda words, **more: told.extend(words) or began(words, **more))
+    found = qemuio.replay(target(encrypted, MiB), [(0, 4096)], depth=1, key=qemuio.Key("luks", b"sesame"))
+    assert found.requests == 1
+    assert "qemu-io" in told
+    assert not [word for word in told if "sesame" in word]
+
+
+def test_a_wrong_passphrase_is_told(encrypted: str) -> None:
+    with pytest.raises(StorageError, match="Invalid password, cannot unlock"):
+        qemuio.replay(target(encrypted, MiB), [(0, 4096)], depth=1, key=qemuio.Key("luks", b"please"))
 
 
 def test_a_file_that_is_not_there_is_told() -> None:

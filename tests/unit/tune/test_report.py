@@ -13,7 +13,8 @@ import pytest
 from cowslice.testing.commandline import cowslice
 from cowslice.testing.peers import needs, run
 from cowslice.tune.advise import Advice, advise
-from cowslice.tune.report import page
+from cowslice.tune.report import Told, page
+from cowslice.tune.verify import Proof
 from cowslice.tune.wording import sentences
 from tests.unit.tune.evidence import SEED, gathered, loop
 
@@ -36,15 +37,26 @@ class Tags(HTMLParser):
 
 
 def test_all_that_is_advised_stands_on_the_page(advice: Advice) -> None:
-    text = page([(advice, "assumed & said")])
+    text = page([Told(advice, "assumed & said")])
     for sentence in sentences(advice):
         assert sentence.text.replace("'", "&#x27;").replace(">", "&gt;") in text
     assert "assumed &amp; said" in text
     assert "l2-cache-entry-size=" in text
 
 
+def test_verified_figures_stand_on_the_page_where_there_are_some(advice: Advice) -> None:
+    counted = Proof("qemu", "half", 128 << 10, 4096, 32, 12_345, 0.98765, 0.98766, 6_477.0, 6_512.0)
+    uncounted = replace(counted, measured_hits=None)
+    text = page([Told(advice, proofs=(counted, uncounted))])
+    assert "Replayed 12,345 reads" in text
+    row = "<td>QEMU, half</td><td>128 KiB</td><td>4 KiB</td><td>32</td><td>98.77 %</td>"
+    assert row + "<td>98.77 %</td><td>6,477</td><td>6,512</td>" in text
+    assert row + "<td>\u2013</td>" in text
+    assert "Replayed" not in page([Told(advice)])
+
+
 def test_it_loads_nothing_and_runs_nothing(advice: Advice) -> None:
-    text = page([(advice, "")])
+    text = page([Told(advice)])
     names = {tag for tag, _ in Tags(text).tags}
     assert not names & {"script", "img", "iframe", "object", "embed"}
     assert [attrs.get("href") for tag, attrs in Tags(text).tags if "href" in attrs] == ["data:,"]
@@ -54,7 +66,7 @@ def test_it_loads_nothing_and_runs_nothing(advice: Advice) -> None:
 
 def test_a_name_from_outside_stays_text(advice: Advice) -> None:
     odd = replace(advice.evidence, name='<script>"\x1b\udcff', path="<b>&.qcow2")
-    text = page([(replace(advice, evidence=odd), "")])
+    text = page([Told(replace(advice, evidence=odd))])
     assert "<script>" not in text
     assert "<b>" not in text
     assert "&lt;script&gt;&quot;\\x1b\\udcff" in text
@@ -62,12 +74,12 @@ def test_a_name_from_outside_stays_text(advice: Advice) -> None:
 
 
 def test_lines_and_marks_are_told_without_colour(advice: Advice) -> None:
-    tags = Tags(page([(advice, "")])).tags
+    tags = Tags(page([Told(advice)])).tags
     dashes = [attrs.get("stroke-dasharray") for tag, attrs in tags if tag == "path" and attrs.get("class") == "q"]
     entries = len(advice.evidence.curves.by_entry_bytes)
     assert None not in dashes
     assert len(set(dashes[:entries])) == entries
-    assert {"T", "A", "F", "C"} <= set(re.findall(r">([A-Z])</text>", page([(advice, "")])))
+    assert {"T", "A", "F", "C"} <= set(re.findall(r">([A-Z])</text>", page([Told(advice)])))
 
 
 def test_the_command_writes_it_whole_or_not_at_all(tmp_path: Path, advice: Advice) -> None:
@@ -97,7 +109,7 @@ def test_a_browser_draws_it_dark_or_light(
     advice: Advice, tmp_path: Path, scheme: int, width: int, ground: tuple[int, ...]
 ) -> None:
     target, picture = tmp_path / "page.html", tmp_path / "page.png"
-    target.write_text(page([(advice, "")]))
+    target.write_text(page([Told(advice)]))
     run("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
         f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={scheme}",
         f"--window-size={width},900", f"--screenshot={picture}", target.as_uri(), timeout=100)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from cowslice.image.image import Image, open_image
 from cowslice.ops.layout import write_populated_image
 from cowslice.testing import peers
 from cowslice.testing.commandline import cowslice
 from cowslice.tune import qemuio
 from cowslice.tune import verify as verifying
+from cowslice.tune.advise import advise
+from cowslice.tune.calibrate import parse_device
+from cowslice.tune.requests import Requests
+from cowslice.tune.study import gather
 from cowslice.units import GiB
-from tests.unit.tune.evidence import SEED
+from tests.unit.tune.evidence import SEED, uniform
 
 WORKLOADS = ["uniform:requests=4000", "zipf:requests=4000,write=0.4", "mixed:requests=4000",
              "sequential:requests=4000,length=64k", "boot:requests=4000"]
@@ -60,6 +66,57 @@ def test_parts_without_a_map_cost_nothing_and_the_image_stays_as_it_is(tmp_path:
     told = proofs(path, "--workload", "uniform:requests=2000,write=0.5", "--l2-cache-size", "64k")
     assert_within(told, "qemu", 0.01)
     assert path.read_bytes() == before
+
+
+@peers.needs("qemu-io", "qemu-img")
+@pytest.mark.parametrize("kind", ["luks", "aes"])
+def test_an_encrypted_image_is_replayed_by_both_engines(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verifying, "PATIENCE", 0.0)
+    secret, path = ["--object", "secret,id=key,data=sesame"], tmp_path / "disk.qcow2"
+    options = f"cluster_size=4k,encrypt.format={kind},encrypt.key-secret=key"
+    peers.qemu_img("create", *secret, "-f", "qcow2", "-o",
+                   options + (",encrypt.iter-time=10" if kind == "luks" else ""), path, "32M")
+    opened = f"driver=qcow2,file.filename={path},encrypt.format={kind},encrypt.key-secret=key"
+    peers.run("qemu-io", *secret, "--image-opts", "-c", "write -P 7 0 32M", opened)
+    said = cowslice("tune", *secret, "--device", SEED, "--workload", "zipf:requests=300", "--l2-cache-size", "64k",
+                    "--verify", "--json", "--image-opts", opened)
+    assert said.status == 0, said.err
+    assert_within(said.json["verified"], "qemu", 0.01)
+    assert_within(said.json["verified"], "cowslice", 0.005)
+
+
+def test_a_replay_that_ends_too_soon_to_be_timed_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, opened = tmp_path / "disk.qcow2", []
+    write_populated_image(path, size=GiB)
+
+    def opener(cache: int, entry: int, direct: bool) -> Image:
+        opened.append(cache)
+        return open_image(str(path), l2_cache_size=cache, l2_cache_entry_size=entry, warmup="off")
+
+    def openings(floor: float) -> int:
+        opened.clear()
+        monkeypatch.setattr(verifying, "FLOOR", floor)
+        return len(verifying.verify(advice, made, opener)) and len(opened)
+
+    made = uniform(200, GiB)
+    monkeypatch.setattr(qemuio, "version", lambda: "")
+    monkeypatch.setattr(verifying, "PATIENCE", 0.5)
+    with open_image(str(path), warmup="off") as disk:
+        advice = advise(gather(disk, made, calibration=parse_device(SEED)))
+    assert openings(3600.0) > openings(0.0)
+
+
+def test_requests_of_many_lengths_are_timed_each_with_its_own() -> None:
+    lengths = np.tile(np.array([512, 4096, 65536], np.uint64), 1000)
+    offsets = np.arange(3000, dtype=np.uint64) * np.uint64(65536)
+    made = verifying.batches(Requests(np.zeros(3000), np.zeros(3000, np.uint8), offsets, lengths))
+    told = sorted((int(offset), length) for places, length in made for offset in places)
+    assert told == sorted(zip(offsets.tolist(), lengths.tolist(), strict=True))
+    assert len(made) == 9
 
 
 def test_no_more_than_a_bounded_number_is_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
