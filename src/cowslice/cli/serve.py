@@ -79,7 +79,7 @@ Exit status: 0 ended as it should, 1 failed, 64 usage."""
 @click.option("--max-in-flight-bytes", default="64M", show_default=True, metavar="SIZE",
               help="What they may add up to.")
 @click.option("--poll-max-ns", type=click.IntRange(0, 1_000_000_000), default=100_000, show_default=True,
-              metavar="NANOSECONDS", help="How long to wait awake for a client that asks one thing after another; "
+              metavar="NANOSECONDS", help="How long to wait awake for a client that goes on asking; "
               "0: sleep at once.")
 @click.option("--metrics", metavar="[HOST:]PORT",
               help="Show counts for people, and at /metrics for Prometheus, at this HTTP address.")

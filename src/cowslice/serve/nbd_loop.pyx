@@ -25,7 +25,7 @@ from cowslice.serve.nbd_answering cimport Answering
 from cowslice.serve.nbd_frames cimport (
     DISC, DONT_FRAGMENT, EXTENDED, FUA, PAYLOAD_LEN, READ, SIMPLE, WRITE, Arena, Ask, decode_request, put_done, reserve)
 from cowslice.serve.nbd_tally cimport Tally, count_reads, count_write, describe
-from cowslice.serve.nbd_waiting cimport await_bytes
+from cowslice.serve.nbd_waiting cimport await_bytes, gather
 
 import os
 import socket
@@ -68,7 +68,7 @@ cdef class Loop(Answering):
 
     `descriptor` is the connected socket, which stays the caller's; `fast` the disk; `mode` 0, 1 or 2 for simple, structured or
     extended replies; `size`, `max_request` and `most_bytes` are bytes, `idle` seconds without a request, 0 for ever;
-    `poll_max_ns` is how long it may wait awake for a client that asks one thing after another.
+    `poll_max_ns` is how long it may wait awake for a client that goes on asking.
     `handover(command, flags, cookie, offset, length, payload)` is called, with the GIL, in some thread of this connection for
     every request that is no plain read; each is ended by exactly one `finish(length)`, and answered through `reply`.
     """
@@ -213,6 +213,8 @@ cdef class Loop(Answering):
             got = await_bytes(&self.vigil, self.fd, self.incoming + self.start + self.have, self.room - self.start - self.have)
             if got > 0:
                 self.have += got
+                self.have += gather(&self.vigil, self.fd, self.incoming + self.start + self.have,
+                                    self.room - self.start - self.have)
                 return GOES_ON
             if got == 0:
                 return STOPPED if self.stopping else VANISHED
@@ -226,7 +228,6 @@ cdef class Loop(Answering):
         cdef uint32_t count = 0
         cdef uint64_t size = 0, head = 32 if self.mode == EXTENDED else 28
         cdef uint64_t arrived = now_ns()
-        cdef uint32_t taken = 0
         cdef int end
         while True:
             ask = &asks[count]
@@ -242,7 +243,6 @@ cdef class Loop(Answering):
                 end = FAULT
             self.start += size
             self.have -= size
-            taken += 1
             if end != GOES_ON:
                 break
             if count == BATCH:
@@ -251,8 +251,6 @@ cdef class Loop(Answering):
                 count = 0
         if count and not self.answer_batch(asks, count):
             return BROKEN
-        if taken > 1:
-            self.vigil.trust = 0  # with many requests under way nobody waits for us to wake up
         return end
 
     cdef int take_one(self, Ask *ask, uint64_t *size) noexcept nogil:

@@ -1,9 +1,9 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """How a connection waits for its client: awake for a moment where that has paid before, asleep otherwise.
 
-A client that asks one thing after another is kept waiting by two wake-ups far longer than by a read; who stays awake saves one. It does
-not know what is asked. What must hold: a wait is at most `longest` awake, one processor is always left to others, and who
-is wanted elsewhere sleeps.
+A client that asks one thing after another is kept waiting by two wake-ups far longer than by a read; who stays awake saves one, and
+one that has many requests under way sends the next ones soon. It does not know what is asked. What must hold: a wait is at most `longest`
+awake, one processor is always left to others, and who is wanted elsewhere sleeps.
 """
 
 from libc.errno cimport EAGAIN, errno
@@ -25,7 +25,10 @@ cdef extern from *:
     int count_awake "cowslice_count_awake"(int by) noexcept nogil
 
 cdef enum:
+    MOST_CAUTIOUS = 8192    # more of them, where the processor was wanted by others
     TRUSTED = 8             # short waits in a row after which the next is expected to be short
+    MOMENT = 10_000         # nanoseconds for more requests to come: a client takes 4 or 5 us for each
+    MOST_RELUCTANT = 255    # times that gathering is passed over once it has brought nothing again and again
     LATE = 20_000           # nanoseconds: a processor that comes back later from a yield is wanted by somebody else
 
 
@@ -43,28 +46,69 @@ cdef ssize_t await_bytes(Vigil *vigil, int fd, uint8_t *buffer, uint64_t room) n
     if vigil.longest == 0:
         return recv(fd, buffer, room, 0)
     began = now_ns()
-    if vigil.trust >= TRUSTED:
+    if vigil.trust >= TRUSTED + vigil.caution:
         if count_awake(1) <= vigil.spare:
-            got = look(vigil.longest, began, fd, buffer, room)
+            got = look(vigil, began, fd, buffer, room)
             nothing = got < 0 and errno == EAGAIN
         count_awake(-1)
     if nothing:
         got = recv(fd, buffer, room, 0)
     if got > 0:
-        vigil.trust = min(vigil.trust + 1, TRUSTED) if now_ns() - began <= vigil.longest else 0
+        vigil.trust = min(vigil.trust + 1, TRUSTED + MOST_CAUTIOUS) if now_ns() - began <= vigil.longest else 0
     return got
 
 
-cdef ssize_t look(uint64_t longest, uint64_t began, int fd, uint8_t *buffer, uint64_t room) noexcept nogil:
+cdef uint64_t gather(Vigil *vigil, int fd, uint8_t *buffer, uint64_t room) noexcept nogil:
+    """How many more bytes come within a moment behind those that came.
+
+    A client that sends one request after another has more under way: answered together they cost both sides less, and it
+    need not be woken for each. Where nothing came it is tried less and less often.
+    """
+    cdef uint64_t total = 0
+    if vigil.longest == 0:
+        return 0
+    if vigil.passing:
+        vigil.passing -= 1
+        return 0
+    if count_awake(1) <= vigil.spare:
+        total = collect(vigil, fd, buffer, room)
+    count_awake(-1)
+    vigil.reluctance = 0 if total else min(2 * vigil.reluctance + 1, <uint32_t> MOST_RELUCTANT)
+    vigil.passing = vigil.reluctance
+    return total
+
+
+cdef uint64_t collect(Vigil *vigil, int fd, uint8_t *buffer, uint64_t room) noexcept nogil:
+    """What comes meanwhile; the end of the stream, or a fault, is left to the next wait."""
+    cdef uint64_t began = now_ns(), before = began, now, total = 0
+    cdef ssize_t got
+    while total < room:
+        sched_yield()
+        got = recv(fd, buffer + total, room - total, MSG_DONTWAIT)
+        if got == 0 or (got < 0 and errno != EAGAIN):
+            break
+        total += max(got, 0)
+        now = now_ns()
+        if now - began > min(vigil.longest, <uint64_t> MOMENT) or now - before > LATE:
+            break
+        before = now
+    return total
+
+
+cdef ssize_t look(Vigil *vigil, uint64_t began, int fd, uint8_t *buffer, uint64_t room) noexcept nogil:
     """Look again and again whether something is there, letting everybody else go first; -1 and EAGAIN: it is not."""
     cdef uint64_t before = began, now
     cdef ssize_t got
     while True:
         got = recv(fd, buffer, room, MSG_DONTWAIT)
         if got >= 0 or errno != EAGAIN:
+            vigil.caution = max(vigil.caution, <uint32_t> 1) - 1
             return got
         now = now_ns()
-        if now - began > longest or now - before > LATE:
+        if now - before > LATE:
+            vigil.caution = min(4 * vigil.caution + TRUSTED, <uint32_t> MOST_CAUTIOUS)
+            return got
+        if now - began > vigil.longest:
             return got
         before = now
         sched_yield()

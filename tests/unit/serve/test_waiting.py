@@ -63,6 +63,26 @@ def test_a_request_that_comes_in_halves_is_answered_while_it_waits_awake(disk: c
     assert reply.data == CONTENT[5:12]
 
 
+@pytest.mark.parametrize("patience", [0, 1, LONG])
+def test_requests_that_trickle_in_are_answered_right_however_it_waits(disk: cowslice.Image, patience: int) -> None:
+    with wired(disk, limits=Limits(poll_max_ns=patience)) as wire:
+        client = wire.client()
+        for number in range(100):
+            wire.socket.sendall(client.request(Command.READ, number * 100, 300))
+        replies = client.answers(100)
+        assert [reply.data for _, reply in sorted(replies.items())] == [
+            CONTENT[number * 100 : number * 100 + 300] for number in range(100)]
+
+
+def test_a_client_that_leaves_in_the_middle_of_many_requests_is_left(disk: cowslice.Image) -> None:
+    with wired(disk, limits=Limits(poll_max_ns=LONG)) as wire:
+        client = wire.client()
+        wire.socket.sendall(b"".join(client.request(Command.READ, n, 300) for n in range(50)) + b"\x25\x60")
+        wire.socket.close()
+        wire.thread.join(PATIENCE)
+        assert not wire.thread.is_alive()
+
+
 def test_who_is_asked_nothing_more_goes_to_sleep(disk: cowslice.Image) -> None:
     with wired(disk, limits=Limits(poll_max_ns=1_000_000)) as wire:
         ask_in_a_row(wire.client())
