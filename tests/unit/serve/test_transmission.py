@@ -147,6 +147,38 @@ def test_a_write_with_extended_headers_may_say_that_it_has_a_payload(tmp_path: P
             assert client.read(0, 4096).data == bytes(500) + filled + bytes(596)
 
 
+@pytest.mark.parametrize("compat, error, left", [("1.1", 0, 0), ("0.10", NbdError.ENOTSUP, 7)])
+def test_zeroes_are_fast_or_refused_where_that_is_a_duty(
+    tmp_path: Path, way: str, compat: str, error: int, left: int
+) -> None:
+    """Version 2 cannot say that a cluster over a backing file reads as zeros: it would have to write them."""
+    cowslice.create(tmp_path / "base", size=SIZE)
+    cowslice.create(tmp_path / "top", backing_file="base", backing_format="qcow2", compat=compat)
+    with cowslice.open(tmp_path / "base", "r+") as base:
+        base.write(0, b"\7" * K)
+    with cowslice.open(tmp_path / "top", "r+") as top, wired(top, way=way, writable=True) as wire:
+        client = wire.client()
+        asked = client.ask(Command.WRITE_ZEROES, 0, K, flags=CommandFlag.FAST_ZERO)
+        assert client.collect(asked).error == error
+        assert client.read(0, 9).data == bytes([left]) * 9
+        assert client.collect(client.ask(Command.WRITE_ZEROES, 0, K)).error == 0
+        assert client.read(0, K).data == bytes(K)
+
+
+@pytest.mark.parametrize("flags, kept", [(0, False), (CommandFlag.NO_HOLE, True)])
+def test_zeroes_keep_their_space_where_the_client_wants_no_hole(
+    tmp_path: Path, way: str, flags: int, kept: bool
+) -> None:
+    cowslice.create(tmp_path / "a", size=SIZE)
+    with cowslice.open(tmp_path / "a", "r+") as writable, wired(writable, way=way, writable=True) as wire:
+        client = wire.client()
+        assert client.collect(client.ask(Command.WRITE, 0, K, payload=b"x" * K)).error == 0
+        assert client.collect(client.ask(Command.WRITE_ZEROES, 0, K, flags=flags)).error == 0
+        assert client.read(0, K).data == bytes(K)
+        (extent,) = writable.extents(0, K)
+        assert (extent.zero, extent.data, extent.offset is not None) == (True, False, kept)
+
+
 def test_a_read_beyond_the_agreed_size_is_refused(disk: cowslice.Image, way: str) -> None:
     with wired(disk, way=way, limits=Limits(max_request=K)) as wire:
         client = wire.client()

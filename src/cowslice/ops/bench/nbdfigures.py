@@ -49,6 +49,11 @@ class NbdMeasured:
     figures: tuple[Figure, ...]
     layout: Layout = "sequential"
 
+    @property
+    def named(self) -> str:
+        """What tells a cell from those of other layouts."""
+        return f"{self.what}, {self.layout}" if self.published else self.what
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -77,7 +82,7 @@ class NbdTable:
     @property
     def losses(self) -> tuple[tuple[str, str, float], ...]:
         """Every figure in which the peer is better, worst first."""
-        lost = [(one.what, figure.name, figure.ratio) for one in self.measured for figure in one.figures
+        lost = [(one.named, figure.name, figure.ratio) for one in self.measured for figure in one.figures
                 if figure.ratio is not None and figure.ratio < 1]  # fmt: skip
         return tuple(sorted(lost, key=lambda loss: loss[2]))
 
@@ -125,7 +130,7 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def _median_ratio(ours: Sequence[float], others: Sequence[float], *, less: bool) -> float | None:
-    """How many times better we are. Times too short for the clock count as its tick."""
+    """How many times better we are. A rate of nothing counts as almost nothing."""
     if not others:
         return None
     pairs = [(max(a, 1e-9), max(b, 1e-9)) for a, b in zip(ours, others, strict=True)]

@@ -89,8 +89,10 @@ def test_ratios_are_medians_of_pairs_and_above_one_is_always_better_for_us() -> 
 
 def test_the_table_says_where_the_peer_is_ahead_worst_first() -> None:
     figures = tuple(Figure(f"f{ratio}", "reads/s", 1, 1, None, ratio, None) for ratio in (2.0, 0.9, 0.5))
-    found = NbdTable({}, "", "qemu-nbd", (), (NbdMeasured("a cell", 16, 0, 0, 0, True, "threads", figures),))
-    assert found.losses == (("a cell", "f0.5", 0.5), ("a cell", "f0.9", 0.9))
+    cell = NbdMeasured("a cell", 16, 0, 0, 1, True, "threads", figures, "random")
+    found = NbdTable({}, "", "qemu-nbd", (), (cell, NbdMeasured("a copy", 16, 0, 0, 0, True, "threads", figures[1:2])))
+    assert found.losses == (
+        ("a cell, random", "f0.5", 0.5), ("a cell, random", "f0.9", 0.9), ("a copy", "f0.9", 0.9))
     assert found.as_json()["losses"] == found.losses
 
 
@@ -137,7 +139,7 @@ def test_a_server_is_gone_afterwards_and_had_used_time(tmp_path: Path) -> None:
         assert served.cpu_seconds() > 0
         rate, cpu = nbdclients.load_rate(served, depth=32, seconds=0.05, seed=1)
         assert rate > 0
-        assert cpu >= 0
+        assert cpu > 0
     with pytest.raises(ProcessLookupError):
         os.kill(served.pid, 0)
 
@@ -191,7 +193,7 @@ def test_the_command_hands_its_words_on(measured: list[NbdTableOptions]) -> None
     words = ["--over=nbd", "--short", "--layout=random", "--cluster-size=256k", "--seconds=0.5", "--no-peer"]
     done = CliRunner().invoke(table, [*words, "--output=json"], standalone_mode=False)
     assert done.return_value == 0
-    assert json.loads(done.stdout)["losses"] == [["a cell", "generator, depth 32", 0.5]]
+    assert json.loads(done.stdout)["losses"] == [["a cell, sequential", "generator, depth 32", 0.5]]
     assert measured == [
         NbdTableOptions(layouts=("random",), cluster_bits=(18,), rounds=3, seconds=0.5, short=True, peer=False)
     ]
@@ -204,7 +206,7 @@ def test_the_command_tells_people_what_is_faster(measured: list[NbdTableOptions]
     assert "generator, depth 32 1,000,000 500,000 0.50x 2,000,000 2.00x 600,000 83%" in lines
     assert "CPU for a million 4.50 s 1.50 s 3.00x - - - -" in lines
     assert "generator, depth 32, sequential, part of the map 0.50x 0.50x 2.00x 83% 83%" in lines
-    assert "a cell: generator, depth 32, 0.50x" in lines
+    assert "a cell, sequential: generator, depth 32, 0.50x" in lines
     assert "fio is not installed" in done.stderr
 
 
