@@ -94,7 +94,7 @@ def command(
         from cowslice.tune.picture import check_can_draw
 
         check_can_draw(len(images))
-    calibrations: dict[int, Calibration] = {}
+    calibrations: dict[str, Calibration] = {}
     all_tuned = [tuned(number, image, asked, calibrations) for number, image in enumerate(images)]
     _write_pictures(all_tuned, page, png)
     _say_all(all_tuned, limit, "json" if wants_json else output, quiet)
@@ -137,9 +137,10 @@ def _write_pictures(all_tuned: list[Tuned], page: str | None, png: str | None) -
 
 def _say_all(tuned: list[Tuned], budget: int | None, output: str, quiet: bool) -> None:
     from cowslice.cli.tuneout import say_advice, say_division, say_proofs
+    from cowslice.tune.digest import digest
     from cowslice.tune.sharing import divide, division_json
 
-    division = None if budget is None else divide([each.advice for each in tuned], budget)
+    division = None if budget is None else divide([digest(each.advice) for each in tuned], budget)
     if output == "json":
         told: dict[str, Any] = {"images": [each.as_json() for each in tuned]}
         if division is not None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from cowslice.cli.output import paint, printable, say, say_table
 from cowslice.tune.advise import Advice, Choice
-from cowslice.tune.sharing import Division, Part
+from cowslice.tune.sharing import Division, Part, division_sentences
 from cowslice.tune.verify import Proof
 from cowslice.tune.wording import duration, headline, pasted, percent, percent_exactly, rate, sentences
 from cowslice.units import KiB, format_size
@@ -28,35 +28,37 @@ def say_advice(advice: Advice, assumption: str) -> None:
     """Everything about one disk."""
     _say(paint(printable(headline(advice)), "bold"))
     if assumption:
-        _wrapped(assumption)
+        say_wrapped(assumption)
     _say()
     _say_curves(advice)
     _say()
     _say_settings(advice)
     _say()
     for sentence in sentences(advice):
-        _wrapped(sentence.text, first="- ")
+        say_wrapped(sentence.text, first="- ")
     _say()
     _say_pastes(advice)
 
 
-def say_division(division: Division) -> None:
-    """How a budget is shared."""
+def say_division(division: Division, *, paste: bool = True, most: int | None = None) -> None:
+    """How a budget is shared; with `paste` the lines for QEMU too. Of more than `most` disks the rest is counted."""
     disks = len(division.parts)
     _say(paint(f"{format_size(division.budget)} shared among {disks} disks", "bold"))
     heads = ("disk", "QEMU today", "requests/s", "QEMU", "entries", "requests/s", "cowslice", "requests/s")
-    say_table(heads, [_part_row(part) for part in division.parts], right="lrrrrrrr")
-    today = sum(part.advice.qemu_today.cache_bytes for part in division.parts)
-    spent = {name: sum(at(part).cache_bytes for part in division.parts) for name, at in _ENGINES}
-    told = ", ".join(f"{duration(division.mean_seconds(at))} with {name} ({format_size(spent[name])} used)"
-                     for name, at in _ENGINES)
-    _wrapped(f"A request takes {told} on average, of all disks; today "
-             f"{duration(division.mean_seconds(lambda part: part.advice.qemu_today))} with {format_size(today)}.")
-    if not division.weighted:
-        _wrapped("Not every trace knows its times, so all disks weigh the same.")
-    _say()
-    for part in division.parts:
-        _say(printable(part.pastes().drive))
+    say_rows(heads, [_part_row(part) for part in division.parts], right="lrrrrrrr", most=most)
+    for sentence in division_sentences(division):
+        say_wrapped(sentence)
+    if paste:
+        _say()
+        for part in division.parts:
+            _say(printable(part.pastes().drive))
+
+
+def say_rows(heads: Sequence[str], rows: Sequence[Sequence[str]], *, right: str, most: int | None = None) -> None:
+    """A table of at most so many rows, with a word on how many there are more."""
+    say_table(heads, [[_plain(cell) for cell in row] for row in rows[:most]], right=right)
+    if most is not None and len(rows) > most:
+        _say(f"and {len(rows) - most} more, which --json tells")
 
 
 def say_proofs(proofs: Sequence[Proof]) -> None:
@@ -67,7 +69,7 @@ def say_proofs(proofs: Sequence[Proof]) -> None:
     heads = ("engine", "setting", "cache", "entries", "depth", "hits forecast", "measured", "rate forecast", "measured")
     say_table(heads, [_proof_row(proof) for proof in proofs], right="llrrrrrrr")
     if all(proof.engine == "cowslice" for proof in proofs):
-        _wrapped("QEMU was not asked: qemu-io is not installed.")
+        say_wrapped("QEMU was not asked: qemu-io is not installed.")
 
 
 def _proof_row(proof: Proof) -> tuple[str, ...]:
@@ -77,13 +79,9 @@ def _proof_row(proof: Proof) -> tuple[str, ...]:
             rate(proof.forecast_rate), rate(proof.measured_rate))
 
 
-_ENGINES: tuple[tuple[str, Callable[[Part], Choice]], ...] = (
-    ("QEMU", lambda part: part.qemu), ("cowslice", lambda part: part.ours))
-
-
 def _part_row(part: Part) -> tuple[str, ...]:
-    today, qemu, ours = part.advice.qemu_today, part.qemu, part.ours
-    return (printable(part.advice.evidence.name), format_size(today.cache_bytes), rate(today.rate),
+    today, qemu, ours = part.disk.qemu_today, part.qemu, part.ours
+    return (printable(part.disk.name), format_size(today.cache_bytes), rate(today.rate),
             format_size(qemu.cache_bytes), format_size(qemu.entry_bytes), rate(qemu.rate),
             format_size(ours.cache_bytes), rate(ours.rate))
 
@@ -150,10 +148,11 @@ def _say_pastes(advice: Advice) -> None:
             for line in made[key].splitlines():
                 _say("  " + printable(line))
         if "libvirt" in keys and made["libvirt-note"]:
-            _wrapped(f"({made['libvirt-note']}.)")
+            say_wrapped(f"({made['libvirt-note']}.)")
 
 
-def _wrapped(text: str, first: str = "") -> None:
+def say_wrapped(text: str, first: str = "") -> None:
+    """A paragraph as wide as the terminal."""
     width = min(100, shutil.get_terminal_size().columns)
     _say(textwrap.fill(printable(text), max(40, width), initial_indent=first, subsequent_indent=" " * len(first),
                        break_on_hyphens=False))

@@ -5,7 +5,6 @@ It does not know how advice looks. Progress goes to standard error; whatever can
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +17,10 @@ if TYPE_CHECKING:
     from cowslice.image.image import Image
     from cowslice.tune.advise import Advice
     from cowslice.tune.calibrate import Calibration
+    from cowslice.tune.guest import Guest
     from cowslice.tune.qemuio import Key
     from cowslice.tune.trace import RequestSource
     from cowslice.tune.verify import Proof
-
-ASSUMED = "uniform"
-ASSUMPTION = ("No trace was given, so this assumes reads of 4 KiB all over the disk, every place as likely: the worst "
-              "case for a cache. Tell what the guest does by --trace, or by --workload.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +58,7 @@ class Tuned:
                 "verified": None if self.proofs is None else [proof.as_json() for proof in self.proofs]}
 
 
-def tuned(number: int, image: str, asked: Asked, calibrations: dict[int, Calibration]) -> Tuned:
+def tuned(number: int, image: str, asked: Asked, calibrations: dict[str, Calibration]) -> Tuned:
     """Study one image. Whatever can be refused is, before the storage is measured."""
     from cowslice.tune.advise import advise
     from cowslice.tune.ciphered import deciphering, key_of
@@ -71,7 +67,8 @@ def tuned(number: int, image: str, asked: Asked, calibrations: dict[int, Calibra
     today = Setting(**_todays_sizes(image, asked))
     with open_image(image, asked.given, warmup="off") as disk:
         today.sizes(disk)
-        source = _source(number, disk.size, asked)
+        guest = _guest(number, asked)
+        source = guest.requests(disk.size)
         key = key_of(disk, _secret(image, asked))
         calibration = deciphering(_calibration(disk, asked, calibrations), disk, key)
         with maybe_shown("reading the map and the requests", asked.shows_progress, unit="steps") as advance:
@@ -82,8 +79,7 @@ def tuned(number: int, image: str, asked: Asked, calibrations: dict[int, Calibra
         warn(f"'{source.name}': {source.skipped} malformed lines were passed over")
     for note in source.notes:
         warn(f"'{source.name}': {note}")
-    assumed = ASSUMPTION if not asked.traces and asked.workload is None else ""
-    return Tuned(advice, assumed, source.skipped, source.notes, proofs)
+    return Tuned(advice, guest.assumption, source.skipped, source.notes, proofs)
 
 
 def _secret(image: str, asked: Asked) -> bytes | None:
@@ -111,33 +107,26 @@ def _todays_sizes(image: str, asked: Asked) -> dict[str, Any]:
     return {name: size if size is not None else named.get(name.replace("_", "-")) for name, size in asked.sizes.items()}
 
 
-def _source(number: int, size: int, asked: Asked) -> RequestSource:
-    if not asked.traces:
-        from cowslice.tune.synthetic import synthetic
+def _guest(number: int, asked: Asked) -> Guest:
+    """The trace of that image, or what stands for it."""
+    from cowslice.tune.guest import Guest
 
-        return synthetic(asked.workload if asked.workload is not None else ASSUMED, size=size)
-    from cowslice.tune.trace import open_trace
-
-    trace = asked.traces[number if len(asked.traces) > 1 else 0]
+    trace = asked.traces[number if len(asked.traces) > 1 else 0] if asked.traces else None
     disk = asked.disks[number if len(asked.disks) > 1 else 0] if asked.disks else None
-    return open_trace(trace, format=asked.trace_format, skip_bad=asked.skip_bad, disk=disk)
+    return Guest(trace=trace, trace_format=asked.trace_format, disk=disk, skip_bad=asked.skip_bad,
+                 workload=asked.workload)
 
 
-def _calibration(disk: Image, asked: Asked, known: dict[int, Calibration]) -> Calibration:
-    """The constants that were given, or measured: once for all images on one file system."""
-    from cowslice.storage.locate import local_path
-    from cowslice.tune.calibrate import calibrate, parse_device
+def _calibration(disk: Image, asked: Asked, known: dict[str, Calibration]) -> Calibration:
+    """The constants that were given, or measured: once for all images on one storage."""
+    from cowslice.tune.calibrate import calibrate, parse_device, storage_of
 
     if asked.device != "calibrate":
         return parse_device(asked.device)
-    path = local_path(disk.path)
-    device = os.stat(path).st_dev if path is not None and os.path.exists(path) else None
-    if device is not None and device in known:
-        return known[device]
-    with maybe_shown("measuring the storage", asked.shows_progress, unit="steps") as advance:
-        measured = calibrate(disk.path, on_progress=advance)
-        if advance is not None:
-            advance(1, 1)  # without QEMU it ends before all steps
-    if device is not None:
-        known[device] = measured
-    return measured
+    storage = storage_of(disk.path)
+    if storage not in known:
+        with maybe_shown("measuring the storage", asked.shows_progress, unit="steps") as advance:
+            known[storage] = calibrate(disk.path, on_progress=advance)
+            if advance is not None:
+                advance(1, 1)  # without QEMU it ends before all steps
+    return known[storage]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cowslice.errors import BadOption, StorageError
+from cowslice.errors import BadOption, CowsliceError, StorageError
 from cowslice.image.image import Image, open_image
 from cowslice.storage.locate import local_path, locate
 from cowslice.tune import qemuio
@@ -94,6 +94,31 @@ def calibrate(name: str, *, seconds: float = SECONDS, seed: int = 0, on_progress
     if path is None or not qemuio.version():
         return Calibration(ours, replace(ours, cpu=QEMU_CPU), direct, False)
     return Calibration(ours, _by_qemu(path, ours, places, size, direct=direct, tell=tell), direct, True)
+
+
+def calibrate_any(names: Sequence[str]) -> Calibration:
+    """Measure the storage under the first of these files that can be measured; all lie on the same.
+
+    Raises what the last one raises.
+    """
+    for name in names[:-1]:
+        try:
+            return calibrate(name)
+        except CowsliceError:
+            continue
+    return calibrate(names[-1])
+
+
+def storage_of(name: str) -> str:
+    """A word that files share which lie on one storage: in one file system, or on one server."""
+    path = local_path(name)
+    if path is None:
+        protocol, _, rest = name.partition("://")
+        return f"{protocol}://{rest.partition('/')[0]}"
+    try:
+        return f"device {os.stat(path).st_dev}"
+    except OSError:  # it may be there where it will be read
+        return os.path.dirname(path)
 
 
 def as_json(calibration: Calibration) -> dict[str, object]:
