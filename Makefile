@@ -1,7 +1,7 @@
 # Few verbs, each one line that calls the real tool. PYTHON chooses the interpreter that .venv is made from.
 .PHONY: demo test test-long lint bench clean setup peers
 BIN := .venv/bin
-ALL := remote report test
+ALL := remote report fleet test
 
 demo: peers; @scripts/setup && scripts/demo
 test: peers; @scripts/setup $(ALL) && $(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term $(ARGS)

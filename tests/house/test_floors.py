@@ -29,9 +29,9 @@ NEIGHBOURS = {("units", "errors")}  # the ground floor's one step: a bad size is
 
 # Libraries that take long to load or that only one feature needs: loaded by the function that uses them.
 LOADED_LATE = {
-    *("aiohttp", "asyncio", "botocore", "concurrent", "fsspec", "importlib", "multiprocessing", "s3fs", "tempfile"),
+    *("aiohttp", "asyncio", "botocore", "concurrent", "distributed", "fsspec", "importlib", "multiprocessing", "s3fs"),
     *("backports", "compression", "cryptography", "ctypes", "isal", "numpy"),
-    *("gzip", "hypothesis", "matplotlib", "re", "rich", "urllib"),
+    *("gzip", "hypothesis", "matplotlib", "re", "rich", "tempfile", "urllib"),
 }
 
 # Our own modules that few runs need, for the same reason. They point down and close no cycle like any other import.

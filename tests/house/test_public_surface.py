@@ -29,6 +29,10 @@ SURFACE = {
         Counts CountingStorage FileStorage FsspecStorage LimitedStorage MemoryStorage NbdStorage Span Storage
         WindowStorage WrappedStorage aligned_buffer local_path locate
     """,
+    "cowslice.tune": """
+        Advice Broken Calibration Choice Curve Curves Fleet Member Replayed Requests Sentence Studied advice curves
+        fleet fleet_sentences open_trace parse_device replay sentences
+    """,
 }
 
 

@@ -13,6 +13,7 @@ import pytest
 
 import cowslice
 from cowslice.ops.layout import write_populated_image
+from cowslice.testing.traces import READ, Asked, fio_lines
 from tests.house.source_tree import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -29,6 +30,8 @@ def folder(tmp_path: Path) -> Path:
     write_populated_image(tmp_path / "vm.qcow2", size=1 << 30)
     with (tmp_path / "vm.raw").open("wb") as file:
         file.truncate(1 << 30)
+    asked = [Asked(number, READ, number % 100 << 20, 4096) for number in range(2000)]
+    (tmp_path / "guest.log").write_text(fio_lines(asked, 3))
     return tmp_path
 
 

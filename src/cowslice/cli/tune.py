@@ -13,6 +13,7 @@ import click
 from cowslice.cli import exitcodes
 from cowslice.cli.options import Given, chain, common, image_format, output_format
 from cowslice.cli.output import say, say_json, write_whole
+from cowslice.cli.tunefleet import check_fleet, tune_fleet
 from cowslice.cli.tuning import Asked, Tuned, tuned
 from cowslice.units import parse_size
 
@@ -29,6 +30,8 @@ Examples:
   cowslice tune vm.qcow2 --workload zipf:theta=1.1,write=0.3 --l2-cache-size 2M
   cowslice tune vm.qcow2 --device read4k=177us,read64k=423us,rate4k=56700,rate64k=8090
   cowslice tune a.qcow2 b.qcow2 --trace a.log --trace b.log --budget 8M
+  cowslice tune --fleet /srv/images --budget 512M      all disks of a host: who is starved, who wastes
+  cowslice tune --fleet disks.csv --scheduler tcp://10.0.0.1:8786 --json
   cowslice tune vm.qcow2 --trace guest.log --html advice.html --png advice.png
   cowslice tune vm.qcow2 --trace guest.log --verify    forecast beside measured
   cowslice tune --json vm.qcow2 | jq -r .paste.drive
@@ -45,7 +48,11 @@ Workloads: uniform, zipf, sequential, mixed, phases, boot; then ':KEY=VALUE,...'
 The image is only read; for one that is in use add -U.
 
 \b
-Exit status: 0 done, 1 failed, 64 usage."""
+A fleet: a folder, whose qcow2 images have their traces beside them (vm.qcow2 and vm.log, vm.trace.zst, vm.qcow2.csv),
+or a list, a disk a line: IMAGE[,TRACE[,DISK]]; a first line such as image,trace,l2-cache-size names other columns.
+
+\b
+Exit status: 0 done, 1 failed, 2 done but for some disks of a fleet, 64 usage."""
 
 
 @click.command("tune", epilog=EPILOG)
@@ -66,6 +73,8 @@ Exit status: 0 done, 1 failed, 64 usage."""
 @click.option("--device", metavar="CONSTANTS", default="calibrate", show_default=True,
               help="How fast the storage is: measured, or constants as in the examples.")
 @click.option("--budget", metavar="SIZE", help="Share so much memory among several images.")
+@click.option("--fleet", metavar="DIR|LIST", help="Study all disks of a folder or a list in parallel; one summary.")
+@click.option("--scheduler", metavar="ADDRESS", help="Study a fleet on this cluster of dask.distributed.")
 @click.option("--verify", "verifies", is_flag=True,
               help="Replay the first 20000 requests as reads, also in QEMU if installed: forecast beside measured.")
 @click.option("--html", "page", metavar="FILE", type=click.Path(dir_okay=False),
@@ -77,18 +86,25 @@ Exit status: 0 done, 1 failed, 64 usage."""
 @click.option("-p", "progress", is_flag=True, help="Show progress, also where standard error is no terminal.")
 @common
 @chain
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.argument("images", nargs=-1, metavar="IMAGE...")
 def command(
     images: tuple[str, ...], output: str, wants_json: bool, quiet: bool, progress: bool, budget: str | None,
-    page: str | None, png: str | None, **chosen: Any,
+    page: str | None, png: str | None, fleet: str | None, scheduler: str | None, **chosen: Any,
 ) -> int:
     """Say which metadata cache IMAGE needs, from its map, what its guest does, and how fast its storage is.
 
     Shows how many lookups miss at each cache size, the setting to use, what today's gives beside it, and lines to paste
-    for QEMU, libvirt and cowslice.
+    for QEMU, libvirt and cowslice. With --fleet it does so for all disks of a host and says who is starved, who wastes,
+    and how to share the memory there is.
     """
     asked = _asked(chosen, shows_progress=not quiet and (progress or sys.stderr.isatty()))
     limit = None if budget is None else parse_size(budget, "--budget")
+    form = "json" if wants_json else output
+    if fleet is not None:
+        check_fleet(asked, images, {"--html": page, "--png": png})
+        return tune_fleet(fleet, asked, budget=limit, scheduler=scheduler, output=form, quiet=quiet)
+    if scheduler is not None:
+        raise click.UsageError("--scheduler is for a --fleet")
     _check(images, asked, limit)
     if png is not None:
         from cowslice.tune.picture import check_can_draw
@@ -97,7 +113,7 @@ def command(
     calibrations: dict[str, Calibration] = {}
     all_tuned = [tuned(number, image, asked, calibrations) for number, image in enumerate(images)]
     _write_pictures(all_tuned, page, png)
-    _say_all(all_tuned, limit, "json" if wants_json else output, quiet)
+    _say_all(all_tuned, limit, form, quiet)
     return exitcodes.OK
 
 
@@ -110,6 +126,8 @@ def _asked(chosen: dict[str, Any], *, shows_progress: bool) -> Asked:
 
 def _check(images: tuple[str, ...], asked: Asked, budget: int | None) -> None:
     """What can be wrong with the command line as a whole."""
+    if not images:
+        raise click.UsageError("Missing argument 'IMAGE...'.")
     if asked.traces and asked.workload is not None:
         raise click.UsageError("--trace and --workload exclude each other")
     for option, values in (("--trace", asked.traces), ("--disk", asked.disks)):
