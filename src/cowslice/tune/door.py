@@ -87,7 +87,8 @@ def advice(
     """Return which cache an image needs: the advised settings, today's, those that hold all, and their forecasts.
 
     `device` says how fast the storage is, as in --device; by default it is measured, which takes seconds. `depth` is
-    how many requests the guest has under way. `today` are the cache options that QEMU is given now.
+    how many requests the guest has under way; what deciphering costs is left out. `today` are the cache
+    options that QEMU is given now.
     `sentences` says the result in words. Raises as `curves` does, and StorageError where nothing can be measured.
     """
     setting = _setting(today)
