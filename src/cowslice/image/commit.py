@@ -183,7 +183,7 @@ class Commits:
             storage.pwrite(offset, content)
         if table is not None:
             place = {"refcount_table_offset": table.offset, "refcount_table_clusters": table.clusters}
-            self.guarded(lambda: switch_header(self.tables.layer, **place))
+            self.switch(lambda: switch_header(self.tables.layer, **place))
 
     def _settle(self, stage: Stage) -> None:
         """All of the stage is stable: what it dropped may fall, and what is drained may be used again."""
@@ -250,7 +250,7 @@ class Commits:
         header = self.tables.layer.first.header
         if not header.is_dirty:
             bits = header.incompatible | Incompatible.DIRTY
-            self.guarded(lambda: switch_header(self.tables.layer, incompatible=bits))
+            self.switch(lambda: switch_header(self.tables.layer, incompatible=bits))
 
     def finish(self) -> None:
         """Commit what is left, counts that fall and lazy ones too, and take the dirty bit off. The last call."""
@@ -260,7 +260,7 @@ class Commits:
         header = self.tables.layer.first.header
         if header.is_dirty:
             bits = header.incompatible & ~Incompatible.DIRTY
-            self.guarded(lambda: switch_header(self.tables.layer, incompatible=bits))
+            self.switch(lambda: switch_header(self.tables.layer, incompatible=bits))
 
     def _write_counts(self) -> bool:
         """Make counts stable that fell since the last commit, and lazy ones; whether there were any.
@@ -300,6 +300,27 @@ class Commits:
         try:
             act()
         except CowsliceError as error:
-            name = self.tables.layer.name
-            self.fault = StorageError(f"'{name}' takes no more writes until it is opened again: {error}")
+            self._poison(error)
             raise
+
+    def switch(self, act: Callable[[], None]) -> None:
+        """Do what changes the first cluster, stably (I5). A failure poisons the image too, unless nothing has changed:
+        want of room, say. A sync that fails comes after a change."""
+        self.check()
+        before = self.tables.layer.storage.read(0, self.tables.layer.geometry.cluster_size)
+        try:
+            act()
+        except CowsliceError as error:
+            if not self._begins_with(before):
+                self._poison(error)
+            raise
+
+    def _begins_with(self, content: bytes) -> bool:
+        try:
+            return self.tables.layer.storage.read(0, len(content)) == content
+        except CowsliceError:
+            return False
+
+    def _poison(self, error: CowsliceError) -> None:
+        name = self.tables.layer.name
+        self.fault = StorageError(f"'{name}' takes no more writes until it is opened again: {error}")

@@ -115,8 +115,7 @@ class Growth:
             at = roots.place(content, Structure.L1_TABLE)
             undo.callback(roots.forget, at, len(content))
             roots.commit()
-            undo.pop_all()
-        roots.switch(l1_table_offset=at, l1_size=len(words))
+            roots.switch(undo, l1_table_offset=at, l1_size=len(words))
         roots.show(words, self.layer.size)
         roots.lower_tree(state)
         roots.forget(header.l1_table_offset, header.l1_size * 8)
@@ -195,14 +194,14 @@ class Growth:
         tail = roots.on_file()[needed:]
         tree = roots.tree(tail)
         roots.check(tree)
-        if any(tail):
-            try:
+        try:
+            if any(tail):
                 roots.storage.pwrite(header.l1_table_offset + 8 * needed, bytes(8 * len(tail)))
                 roots.sync()
-            except BaseException:
-                self.tables.changed_l1.update(range(needed, len(self.tables.l1)))
-                raise
-        roots.switch(size=size)
+            roots.switch(size=size)
+        except BaseException:
+            self.tables.changed_l1.update(range(needed, len(self.tables.l1)))
+            raise
         roots.show(self.tables.l1[:needed], size)
         self.writer.resized(size)
         roots.lower_tree(tree)

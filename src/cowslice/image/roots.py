@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -67,9 +67,19 @@ class Roots:
         """One barrier."""
         self.writer.commits.sync()
 
-    def switch(self, **fields: object) -> None:
-        """Change fields of the header on disk, stably (I5). When that fails nobody knows: no more writes then (I9)."""
-        self.writer.commits.guarded(lambda: switch_header(self.layer, **fields))
+    def switch(self, undo: ExitStack | None = None, **fields: object) -> None:
+        """Change fields of the header on disk, stably (I5). `undo` forgets what it has, unless nothing has changed.
+
+        When that fails and nobody knows whether it has, no more is written (I9).
+        """
+        try:
+            self.writer.commits.switch(lambda: switch_header(self.layer, **fields))
+        except BaseException:
+            if undo is not None and self.writer.commits.fault is not None:
+                undo.pop_all()
+            raise
+        if undo is not None:
+            undo.pop_all()
 
     # -- tables of their own ----------------------------------------------------------------------------------------
 

@@ -62,9 +62,8 @@ class Snapshotting:
             self._uneven = True
             roots.clear_copied(tree)
             roots.commit()
-            undo.pop_all()
+            self._switch_table(roots, before, table, len(before) + 1, undo)
             self._uneven = False
-            self._switch_table(roots, before, table, len(before) + 1)
         return record
 
     def delete(self, id_or_name: str) -> None:
@@ -81,9 +80,8 @@ class Snapshotting:
             roots.check(tree)
             table = self._place_table(roots, [one for one in before if one is not gone], undo)
             roots.commit()
-            undo.pop_all()
             self._uneven = True
-            self._switch_table(roots, before, table, len(before) - 1)
+            self._switch_table(roots, before, table, len(before) - 1, undo)
             roots.lower_tree(tree)
             roots.forget(gone.l1_offset, gone.l1_size * 8)
             roots.commit()
@@ -117,8 +115,7 @@ class Snapshotting:
             self.writer.resizing(size)
             if self.writer.track is not None:  # what will differ is not known, so all may
                 self.writer.track(0, max(size, self.layer.size))
-            undo.pop_all()
-            roots.switch(l1_table_offset=at, l1_size=len(content) // 8, size=size)
+            roots.switch(undo, l1_table_offset=at, l1_size=len(content) // 8, size=size)
             roots.show(words, size)
             self.writer.resized(size)
             roots.lower_tree(former)
@@ -138,8 +135,7 @@ class Snapshotting:
             roots.commit()
             table = self._place_table(roots, after, undo)
             roots.commit()
-            undo.pop_all()
-            self._switch_table(roots, before, table, len(after))
+            self._switch_table(roots, before, table, len(after), undo)
             roots.settle()
 
     def finish(self) -> None:
@@ -165,10 +161,11 @@ class Snapshotting:
         undo.callback(roots.forget, offset, len(content))
         return offset
 
-    def _switch_table(self, roots: Roots, before: Sequence[Snapshot], offset: int, count: int) -> None:
+    def _switch_table(self, roots: Roots, before: Sequence[Snapshot], offset: int, count: int,
+                      undo: ExitStack) -> None:
         """Let the header name another table; that of `before` is free then."""
         old = self.layer.first.header.snapshots_offset
-        roots.switch(snapshots_offset=offset, snapshot_count=count)
+        roots.switch(undo, snapshots_offset=offset, snapshot_count=count)
         roots.forget(old, sum(one.encoded_length for one in before))
 
     def _words_of(self, snapshot: Snapshot) -> array[int]:

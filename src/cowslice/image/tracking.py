@@ -268,7 +268,7 @@ class Tracking:
             first = with_bitmaps(self.layer.first, pointer)
             roots.commit()
             undo.pop_all()
-        self.writer.commits.guarded(lambda: switch_bitmaps(self.layer, first))
+        self.writer.commits.switch(lambda: switch_bitmaps(self.layer, first))
         self._forget_former(roots, tables)
         roots.commit()
 

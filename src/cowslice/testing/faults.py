@@ -56,6 +56,12 @@ class FaultyStorage(WrappedStorage):
         with self._lock:
             self._met.clear()
 
+    @property
+    def met(self) -> int:
+        """How many requests a fault was about, those that it let pass too; of the fault that has the most."""
+        with self._lock:
+            return max((met[0] for _, met in self._met), default=0)
+
     def pread(self, offset: int, buffer: memoryview) -> int:
         self._meet("pread", offset, len(buffer))
         return self.inner.pread(offset, buffer)
