@@ -27,7 +27,7 @@ Examples:
 \b
 A bitmap notes which parts of a disk were changed since it was added or cleared, while it is enabled. What is said is
 done in the order in which it is said. A bitmap in use by a writer that did not finish can only be removed.
-Exit status: 0 done, 1 failed, 64 usage."""
+Exit status: 0 done, 1 failed, 64 usage, 130 interrupted."""
 
 _ACTIONS = ("add", "remove", "clear", "enable", "disable", "merge")
 

@@ -18,7 +18,7 @@ Examples:
 
 \b
 Resize the file systems inside with their own tools: before the disk shrinks, and after it has grown.
-Exit status: 0 done, 1 failed, 64 usage."""
+Exit status: 0 done, 1 failed, 64 usage, 130 interrupted."""
 
 
 @click.command("resize", epilog=EPILOG)

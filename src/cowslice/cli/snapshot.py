@@ -23,7 +23,7 @@ Examples:
 
 \b
 -a takes an id or a name, -d a name or an id; where both fit, the first of the two is meant.
-Exit status: 0 done, 1 failed, 64 usage."""
+Exit status: 0 done, 1 failed, 64 usage, 130 interrupted."""
 
 
 @click.command("snapshot", epilog=EPILOG)
