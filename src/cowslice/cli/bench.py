@@ -1,4 +1,4 @@
-"""`cowslice bench`: how fast an image is read, as `qemu-img bench`; `bench table`: the published tables, here."""
+"""`cowslice bench`: how fast an image is read or written, as `qemu-img bench`; `bench table`: the published tables."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import click
 
 from cowslice.cli import exitcodes
 from cowslice.cli.benchnbd import bench_nbd, table_over_nbd
+from cowslice.cli.images import open_image
 from cowslice.cli.options import (
     CACHE_MODES,
     Given,
     chain,
     common,
     image_format,
-    name_image,
-    open_options,
     output_format,
 )
-from cowslice.cli.output import complain, exact_size, say, say_fields, say_json, say_table
+from cowslice.cli.output import exact_size, say, say_fields, say_json, say_table
 from cowslice.errors import BadOption
 from cowslice.units import format_size, parse_size
 
@@ -26,6 +25,7 @@ EPILOG = """\b
 Examples:
   cowslice bench disk.qcow2                            75000 reads of 4 KiB in a row, 64 at once
   cowslice bench --random -d 1 --l2-cache-size 1M disk.qcow2
+  cowslice bench -w --pattern=165 --flush-interval=1000 scratch.qcow2   writes over what the disk holds
   cowslice bench table --short                         the rows of 4 KiB slices, in about a minute
   cowslice bench table --layout random --output=json --plot table.svg
   cowslice bench nbd nbd://localhost                   the answers of an NBD server"""
@@ -63,7 +63,7 @@ class Bench(click.Group):
 
 @click.group("bench", cls=Bench, epilog=EPILOG, context_settings={"ignore_unknown_options": True})
 def command() -> None:
-    """Measure reading.
+    """Measure reading and writing.
 
     'cowslice bench IMAGE' takes the options of 'qemu-img bench' (see 'cowslice bench IMAGE --help'); 'cowslice bench
     table' measures the published tables of slice and cache sizes beside QEMU; 'cowslice bench nbd URI' measures an NBD
@@ -77,15 +77,18 @@ command.add_command(bench_nbd)
 @click.command("bench", epilog=EPILOG)
 @image_format
 @output_format
-@click.option("-c", "count", default=75_000, show_default=True, metavar="COUNT", help="Reads.")
-@click.option("-d", "depth", default=64, show_default=True, metavar="DEPTH", help="Reads under way at once.")
-@click.option("-s", "length", default="4k", show_default=True, metavar="SIZE", help="Bytes of a read.")
-@click.option("-S", "step", default="0", metavar="STEP", help="From one read to the next; 0: the size of a read.")
-@click.option("-o", "offset", default="0", metavar="OFFSET", help="Where the first read is.")
+@click.option("-c", "count", default=75_000, show_default=True, metavar="COUNT", help="Requests.")
+@click.option("-d", "depth", default=64, show_default=True, metavar="DEPTH", help="Requests under way at once.")
+@click.option("-s", "length", default="4k", show_default=True, metavar="SIZE", help="Bytes of a request.")
+@click.option("-S", "step", default="0", metavar="STEP", help="From one request to the next; 0: its size.")
+@click.option("-o", "offset", default="0", metavar="OFFSET", help="Where the first request is.")
 @click.option(
-    "-t", "cache_mode", type=click.Choice(CACHE_MODES), default="writeback", help="'none' reads around the page cache."
+    "-t", "cache_mode", type=click.Choice(CACHE_MODES), default="writeback", help="'none' goes around the page cache."
 )
-@click.option("-w", "write", is_flag=True, help="Refused: this program does not write to images yet.")
+@click.option("-w", "write", is_flag=True, help="Write: what the disk holds there is lost.")
+@click.option("--pattern", type=int, default=0, metavar="BYTE", help="What is written: 0 to 255.")
+@click.option("--flush-interval", type=int, default=0, metavar="COUNT", help="Flush after so many writes; 0: never.")
+@click.option("--no-drain", is_flag=True, help="Flush while the next writes are under way, not between them.")
 @click.option("--random", "at_random", is_flag=True, help="Uniform random offsets instead of steps.")
 @click.option("--seed", default=0, help="Of the random offsets.")
 @click.option("--l2-cache-size", metavar="SIZE", help="As in QEMU: the most that the map may take.")
@@ -111,6 +114,9 @@ def bench_one(
     offset: str,
     cache_mode: str,
     write: bool,
+    pattern: int,
+    flush_interval: int,
+    no_drain: bool,
     at_random: bool,
     seed: int,
     l2_cache_size: str | None,
@@ -123,13 +129,9 @@ def bench_one(
     force_share: bool,
     quiet: bool,
 ) -> int:
-    """Read IMAGE COUNT times and say how long that took."""
-    if write:
-        complain(
-            "'-w' is refused: this program does not write to images yet", "Measure writes with 'qemu-img bench -w'."
-        )
-        return exitcodes.FAILED
-    from cowslice.image.image import Image
+    """Read IMAGE COUNT times, or write to it, and say how long that took."""
+    if write and force_share:
+        raise click.UsageError("-U does not go with -w, which needs the image alone")
     from cowslice.ops.bench.image import BenchOptions, bench_image
 
     wanted = BenchOptions(
@@ -140,6 +142,10 @@ def bench_one(
         offset=parse_size(offset, "-o"),
         random=at_random,
         seed=seed,
+        write=write,
+        pattern=pattern,
+        flush_interval=flush_interval,
+        drain=not no_drain,
     )
     given = Given(
         format_name=format_name,
@@ -150,19 +156,18 @@ def bench_one(
         allow_any=allow_any,
         direct=cache_mode in ("none", "directsync"),
     )
-    named = name_image(image, given)
     sizes = {"l2_cache_size": l2_cache_size, "l2_cache_entry_size": l2_cache_entry_size}
     chosen = {name: size for name, size in sizes.items() if size is not None}
-    with Image(named.name, open_options(named, given, warmup=warmup, **chosen)) as disk:
+    with open_image(image, given, writable=write, warmup=warmup, **chosen) as disk:
         if warmup == "full":
             disk.wait_warm()
         result = bench_image(disk, wanted)
     if not quiet:
-        _say_result(result, output)
+        _say_result(result, output, "writes/s" if write else "reads/s")
     return exitcodes.OK
 
 
-def _say_result(result: Any, output: str) -> None:
+def _say_result(result: Any, output: str, unit: str) -> None:
     if output == "json":
         say_json(
             {
@@ -180,7 +185,7 @@ def _say_result(result: Any, output: str) -> None:
     looked = max(result.hits + result.misses, 1)
     say_fields(
         [
-            ("reads/s", f"{result.rate:,.0f}"),
+            (unit, f"{result.rate:,.0f}"),
             ("throughput", f"{format_size(int(result.bytes / result.seconds))}/s"),
             ("metadata cache", f"{result.hits / looked:.1%} hits, {exact_size(result.metadata_bytes)} read"),
         ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cowslice.cli.images import open_image
-from cowslice.cli.options import Given, chain, common, image_format
+from cowslice.cli.options import Given, chain, common, image_format, output_format
 from cowslice.cli.output import say_json
 
 if TYPE_CHECKING:
@@ -32,22 +32,24 @@ Exit status: 0 done, 1 failed, 64 usage, 130 interrupted."""
 @click.option("-c", "created", metavar="NAME", help="Keep the disk as it is now under this name.")
 @click.option("-a", "applied", metavar="SNAPSHOT", help="Let the disk be again what this snapshot holds.")
 @click.option("-d", "deleted", metavar="SNAPSHOT", help="Delete this snapshot.")
-@click.option("--json", "as_json", is_flag=True, help="With -l: for programs.")
+@output_format
+@click.option("--json", "as_json", is_flag=True, help="The same as --output=json.")
 @common
 @chain
 @click.argument("image")
 def command(
     image: str, format_name: str | None, wants_list: bool, created: str | None, applied: str | None,
-    deleted: str | None, as_json: bool, image_opts: bool, objects: tuple[str, ...], force_share: bool, quiet: bool,
-    allowed: tuple[str, ...], allow_any: bool,
+    deleted: str | None, output: str, as_json: bool, image_opts: bool, objects: tuple[str, ...], force_share: bool,
+    quiet: bool, allowed: tuple[str, ...], allow_any: bool,
 ) -> None:
     """List, take, apply or delete internal snapshots of IMAGE."""
     asked = wants_list + sum(name is not None for name in (created, applied, deleted))
     if asked > 1:
         raise click.UsageError("Give only one of -l, -c, -a and -d")
     changes = asked == 1 and not wants_list
+    as_json = as_json or output == "json"
     if as_json and changes:
-        raise click.UsageError("--json goes with -l only")
+        raise click.UsageError("--output=json goes with -l only")
     if force_share and changes:
         raise click.UsageError("-U goes with -l only: a snapshot needs the image alone")
     given = Given(format_name=format_name, image_opts=image_opts, objects=objects, force_share=force_share,
