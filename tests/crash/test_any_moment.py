@@ -21,9 +21,9 @@ from cowslice.testing.twin import Files, Shape, Twin, make_files, shape_by_chanc
 DIRTY_BYTE, DIRTY = 79, 1  # of the header: incompatible feature bit 0
 
 
-def opened(files: Files, image: Storage, data: Storage | None, mode: str = "r+") -> cowslice.Image:
+def opened(files: Files, image: Storage, data: Storage | None, mode: str = "r+", **options: object) -> cowslice.Image:
     """The image over storages in place of its files; what lies below is read from its files."""
-    named: dict[str, object] = {} if data is None else {"data_file": data}
+    named: dict[str, object] = options if data is None else {"data_file": data, **options}
     if files.shape.backing != "none":
         below = "middle" if files.shape.backing == "qcow2" else "base"
         named |= {"backing": files.directory / below, "backing_format": "qcow2" if below == "middle" else "raw"}
