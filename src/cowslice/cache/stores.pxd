@@ -16,6 +16,10 @@ cdef class Stores(Loads):
     cdef DirtySlice *hold(self, uint64_t number, int *outcome) noexcept nogil
     cdef int inflate(self, uint64_t number, uint64_t word) noexcept nogil
     cdef int store_entries(self, uint64_t cluster, const uint8_t *entries, uint64_t count, uint64_t *number) noexcept nogil
+    cdef int hold_all(self, uint64_t cluster, uint64_t count, uint64_t *number) noexcept nogil
+    cdef int keep_slice(self, uint64_t cluster, uint64_t *number) noexcept nogil
+    cdef bint is_dirty(self, uint64_t cluster) noexcept nogil
+    cdef uint64_t end_of_slice(self, uint64_t cluster) noexcept nogil
     cdef void renew(self, DirtySlice *held) noexcept nogil
     cdef void change(self, DirtySlice *held, uint64_t *cluster, const uint8_t **entries, uint64_t *count) noexcept nogil
     cdef int copy_slice(self, uint64_t number, uint8_t *raw) noexcept nogil

@@ -90,14 +90,9 @@ cdef class Stores(Loads):
     cdef int store_entries(self, uint64_t cluster, const uint8_t *entries, uint64_t count, uint64_t *number) noexcept nogil:
         """Hold every slice before the first is changed: all entries are stored, or none where slice `number` failed."""
         cdef DirtySlice *held
-        cdef int outcome = FOUND
+        cdef int outcome
         pthread_mutex_lock(&self.cache.lock)
-        number[0] = cluster >> self.slice_bits
-        while outcome == FOUND and number[0] <= (cluster + count - 1) >> self.slice_bits:
-            held = self.hold(number[0], &outcome)
-            if held != NULL:
-                self.renew(held)  # so that it stays, should somebody call it clean while the next one loads
-                number[0] += 1
+        outcome = self.hold_all(cluster, count, number)
         while outcome == FOUND and count:
             number[0] = cluster >> self.slice_bits
             held = self.hold(number[0], &outcome)
@@ -105,6 +100,37 @@ cdef class Stores(Loads):
                 self.change(held, &cluster, &entries, &count)
         pthread_mutex_unlock(&self.cache.lock)
         return outcome
+
+    cdef int hold_all(self, uint64_t cluster, uint64_t count, uint64_t *number) noexcept nogil:
+        """Make every slice of these clusters dirty, up to slice `number`, which fails. The lock is held."""
+        cdef DirtySlice *held
+        cdef int outcome = FOUND
+        number[0] = cluster >> self.slice_bits
+        while outcome == FOUND and number[0] <= (cluster + count - 1) >> self.slice_bits:
+            held = self.hold(number[0], &outcome)
+            if held != NULL:
+                self.renew(held)  # so that it stays, should somebody call it clean while the next one loads
+                number[0] += 1
+        return outcome
+
+    cdef int keep_slice(self, uint64_t cluster, uint64_t *number) noexcept nogil:
+        cdef int outcome
+        pthread_mutex_lock(&self.cache.lock)
+        outcome = self.hold_all(cluster, 1, number)
+        pthread_mutex_unlock(&self.cache.lock)
+        return outcome
+
+    cdef bint is_dirty(self, uint64_t cluster) noexcept nogil:
+        """Was the slice of a guest cluster stored to, or kept for that, and is it not on disk yet?"""
+        cdef bint dirty
+        pthread_mutex_lock(&self.cache.lock)
+        dirty = self.word_at(cluster >> self.slice_bits) & STATE == DIRTY
+        pthread_mutex_unlock(&self.cache.lock)
+        return dirty
+
+    cdef uint64_t end_of_slice(self, uint64_t cluster) noexcept nogil:
+        """One past the last cluster that has its entry in the same slice."""
+        return (cluster >> self.slice_bits) + 1 << self.slice_bits
 
     cdef void renew(self, DirtySlice *held) noexcept nogil:
         self.stores += 1
@@ -325,6 +351,25 @@ cdef class Stores(Loads):
                 return
             if outcome == NO_TABLE:
                 raise InternalError(f"L2 entries were stored at guest cluster {cluster}, which has no L2 table")
+            attempts += 1
+            self.complain(number, outcome, attempts)
+
+    def keep(self, uint64_t cluster):
+        """Make the slice of a guest cluster dirty as it is, so that compiled writers store to it.
+
+        Raises as `lookup`, and InternalError where there is no L2 table or no such cluster.
+        """
+        cdef uint64_t number
+        cdef int outcome, attempts = 0
+        while True:
+            outcome = NO_TABLE
+            if cluster < self.clusters:
+                with nogil:
+                    outcome = self.keep_slice(cluster, &number)
+            if outcome == FOUND:
+                return
+            if outcome == NO_TABLE:
+                raise InternalError(f"the slice of guest cluster {cluster} was to be kept, which has no L2 table")
             attempts += 1
             self.complain(number, outcome, attempts)
 

@@ -11,12 +11,13 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cowslice.errors import CorruptImage, InternalError, NoSpace
+from cowslice.errors import CorruptImage, InternalError, NoSpace, StorageError
 from cowslice.format.geometry import Geometry
 from cowslice.format.limits import MAX_HOST_OFFSET
 from cowslice.image.freespace import FreeSpace
 from cowslice.image.refcounts import Fences, Refcounts, Run
 from cowslice.image.structures import Structure
+from cowslice.image.supply import Supply
 from cowslice.storage.base import Storage
 from cowslice.units import round_up
 
@@ -27,13 +28,15 @@ if TYPE_CHECKING:
 class Allocator:
     """Clusters of one image, from its free space, counted and checked against its fences.
 
-    Clusters from `fresh_from` on were never in the file nor given out: they read as zeros.
+    Clusters from `fresh_from` on were never in the file nor given out: they read as zeros. `supply` is what compiled
+    writers take from without asking; it is withdrawn before counts are copied, and where room is short.
     """
 
     def __init__(self, refcounts: Refcounts, space: FreeSpace, fences: Fences, geometry: Geometry,
                  storage: Storage) -> None:
         self.refcounts = refcounts
         self.space = space
+        self.supply = Supply()
         self._fences = fences
         self._storage = storage
         self._geometry = geometry
@@ -52,21 +55,43 @@ class Allocator:
         They count 1 and may hold any bytes. `below` bounds their last byte. Raises NoSpace, StorageError, and
         CorruptImage where metadata lies on them.
         """
-        space = self.space
-        if near + 1 == space.end or space.only_end:
-            start, got = self._take_end(1, count)
-        else:
-            start, got = space.take_hole(count, near=near)
-            if not got:
-                start, got = self._take_end(1, count)
-        return self._claimed(start, got, below)
+        try:
+            return self._claimed(*self._take(count, near), below)
+        except NoSpace:
+            if not self.withdraw():
+                raise
+        return self._claimed(*self._take(count, near), below)
 
     def take_run(self, count: int) -> int:
         """Take exactly `count` clusters that follow each other; returns the first. Raises as `take` does."""
-        start, got = self.space.take_hole(count, whole=True) if not self.space.only_end else (-1, 0)
-        if not got:
-            start, got = self._take_end(count, count)
-        return self._claimed(start, got, MAX_HOST_OFFSET + 1)[0]
+        try:
+            start = self._take_whole(count)
+        except NoSpace:
+            if not self.withdraw():
+                raise
+            start = self._take_whole(count)
+        return self._claimed(start, count, MAX_HOST_OFFSET + 1)[0]
+
+    def stock(self, count: int) -> None:
+        """Fill the supply with up to `count` clusters, unless some are left in it. Raises as `take` does."""
+        if not self.supply:
+            fresh_from = self.fresh_from
+            start, got = self.take(count)
+            self.supply.stock(start, got, fresh=start >= fresh_from)
+
+    def withdraw(self) -> bool:
+        """Let what is in the supply, and what was given back to it, be free again; whether there was any."""
+        (start, count, fresh), runs = self.supply.withdraw()
+        if count:
+            runs.append((start, count))
+            if fresh and self.fresh_from == start + count:
+                self.fresh_from = start
+        for run in runs:
+            try:
+                self.give_back(*run)
+            except StorageError:
+                self.supply.put_back(*run)  # counts that cannot be read now: the next commit tries again
+        return bool(runs)
 
     def give_back(self, start: int, count: int) -> None:
         """Let clusters that were taken and that nothing ever pointed to be free at once."""
@@ -124,6 +149,18 @@ class Allocator:
         if self._storage.length() > length:
             self._storage.truncate(length)
         return self._storage.length()
+
+    def _take(self, count: int, near: int) -> Run:
+        """Up to `count` clusters out of the free space."""
+        space = self.space
+        if near + 1 == space.end or space.only_end:
+            return self._take_end(1, count)
+        start, got = space.take_hole(count, near=near)
+        return (start, got) if got else self._take_end(1, count)
+
+    def _take_whole(self, count: int) -> int:
+        start, got = self.space.take_hole(count, whole=True) if not self.space.only_end else (-1, 0)
+        return start if got else self._take_end(count, count)[0]
 
     def _share(self, cluster: int, taken: int) -> None:
         """Let a stream begin in a cluster that others share; `taken` is the one that it goes on in, or -1."""

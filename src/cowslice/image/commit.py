@@ -53,11 +53,15 @@ class _Freed:
 
 
 class Commits:
-    """The commits of one image. `flush` may be called by many threads at once; each commit serves all who wait."""
+    """The commits of one image. `flush` may be called by many threads at once; each commit serves all who wait.
+
+    `refused` is called when writing becomes forbidden, which compiled writers do not ask about.
+    """
 
     def __init__(self, tables: Tables) -> None:
         self.tables = tables
-        self.fault: CowsliceError | None = None
+        self.refused: Callable[[], object] = lambda: None
+        self._fault: CowsliceError | None = None
         self._turn = threading.Condition()
         self._begun = 0
         self._done = 0
@@ -65,6 +69,16 @@ class Commits:
         self._failed: dict[int, BaseException] = {}
         self._freed: deque[_Freed] = deque()
         self._alone = 0  # the thread that keeps others out
+
+    @property
+    def fault(self) -> CowsliceError | None:
+        """What forbids writing until the image is opened again, None as long as nothing does."""
+        return self._fault
+
+    @fault.setter
+    def fault(self, fault: CowsliceError) -> None:
+        self._fault = fault
+        self.refused()
 
     def check(self) -> None:
         """Raise what forbids writing: a sync that failed before (I9), or corruption that was found."""
@@ -145,6 +159,7 @@ class Commits:
 
     def _stage(self, *, counts: bool) -> Stage:
         tables = self.tables
+        tables.allocator.withdraw()  # first: entries that are copied below then show only what is counted here (I1)
         l1 = tables.l1_writes()
         words = {index: tables.l1[index] for index in tables.changed_l1}
         staged, slices = tables.refcounts.stage(counts=counts), tables.slices.take_dirty()

@@ -2,22 +2,20 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from cowslice.image.dirtybits cimport Marks
 from cowslice.image.passage cimport Passage
+from cowslice.image.placing cimport Placing
 from cowslice.image.recorder cimport Recorder
-from cowslice.image.translation cimport Target, Translation
+from cowslice.image.translation cimport Target
 
-cdef class FastPath(Translation):
+cdef class FastPath(Placing):
     cdef int active
     cdef bint closed
     cdef readonly bint writable
     cdef Passage passage
-    cdef readonly Marks marks           # the bitmaps that every write is noted in
     cdef readonly Recorder recorder     # of what is asked here; it runs while a capture is open
-    cdef bint read_target(self, const Target *target, uint8_t *buffer, uint64_t length) noexcept nogil
-    cdef uint64_t read_span(self, uint64_t offset, uint8_t *buffer, uint64_t length) noexcept nogil
     cdef uint64_t read_lone(self, uint64_t offset, uint8_t *buffer, uint64_t length) noexcept nogil
     cdef uint64_t write_span(self, uint64_t offset, const uint8_t *buffer, uint64_t length) noexcept nogil
+    cdef uint64_t write_target(self, uint64_t offset, const uint8_t *buffer, const Target *target) noexcept nogil
     cdef void write_some(self, Batch batch, int64_t first, int64_t end) noexcept nogil
     cdef int64_t enter(self) noexcept nogil
     cdef void leave(self, int64_t ticket) noexcept nogil

@@ -12,13 +12,12 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from cowslice.cache.pthread cimport pthread_mutex_lock, pthread_mutex_unlock
-from cowslice.image.dirtybits cimport Marks
 from cowslice.image.fences cimport Fences
-from cowslice.image.hostread cimport read_host, write_host
-from cowslice.image.inflated cimport InflatedClusters, Stream
+from cowslice.image.hostread cimport write_host
 from cowslice.image.passage cimport Passage
+from cowslice.image.placing cimport Placing
 from cowslice.image.recorder cimport ASKED_READ, ASKED_WRITE, Recorder, record
-from cowslice.image.translation cimport Target, Translation
+from cowslice.image.translation cimport Target
 
 import threading
 
@@ -35,43 +34,16 @@ cdef enum:
     CLAIM = 64              # requests that a thread of a batch takes at once
 
 
-cdef class FastPath(Translation):
-    """The compiled twin of image.reading, and of what image.writing does in place.
+cdef class FastPath(Placing):
+    """The compiled twin of image.reading, and of what image.writing does in place and to clusters that are not there.
 
     The storages behind the descriptors must stay open until `close` has returned.
     """
 
     def __cinit__(self):
         self.recorder = Recorder()
-        self.marks = Marks()
 
     # -- reading ----------------------------------------------------------------------------------------------------
-
-    cdef bint read_target(self, const Target *target, uint8_t *buffer, uint64_t length) noexcept nogil:
-        """Read `length` bytes, no more than the target has; False where the plain path must."""
-        cdef Stream stream
-        if target.layer == NULL:
-            memset(buffer, 0, length)
-            return True
-        if not target.stored:
-            return read_host(&target.layer.file, buffer, length, target.host)
-        stream.layer = target.layer.number
-        stream.host = target.host
-        stream.stored = target.stored
-        stream.size = <uint64_t> 1 << target.layer.cluster_bits
-        return (<InflatedClusters> target.layer.inflated).read(&target.layer.file, &stream, target.skip, buffer, length)
-
-    cdef uint64_t read_span(self, uint64_t offset, uint8_t *buffer, uint64_t length) noexcept nogil:
-        """Read as far as this path can; returns the bytes done."""
-        cdef uint64_t done = 0
-        cdef Target target
-        while done < length:
-            if not self.locate(offset + done, length - done, False, &target):
-                break
-            if not self.read_target(&target, buffer + done, target.length):
-                break
-            done += target.length
-        return done
 
     cdef uint64_t read_lone(self, uint64_t offset, uint8_t *buffer, uint64_t length) noexcept nogil:
         """As read_span, but several compressed clusters are left to image.reading, which inflates them on all cores."""
@@ -128,19 +100,29 @@ cdef class FastPath(Translation):
         self.writable = True
         self.writes_in_place = True
 
+    def stop_writing(self):
+        """Leave every write to image.writing, which refuses it (I9)."""
+        self.writes_in_place = False
+
     cdef uint64_t write_span(self, uint64_t offset, const uint8_t *buffer, uint64_t length) noexcept nogil:
         """Write as far as this path can; returns the bytes done. Inside the passage."""
-        cdef uint64_t done = 0
+        cdef uint64_t done = 0, part
         cdef Target target
         while done < length:
-            if not self.locate_own(offset + done, length - done, &target):
+            if self.locate_own(offset + done, length - done, &target):
+                part = self.write_target(offset + done, buffer + done, &target)
+            else:
+                part = self.place(offset + done, buffer + done, length - done)
+            if part == 0:
                 break
-            if self.marks.count:
-                self.marks.mark(offset + done, target.length)
-            if not write_host(&target.layer.file, buffer + done, target.length, target.host):
-                break
-            done += target.length
+            done += part
         return done
+
+    cdef uint64_t write_target(self, uint64_t offset, const uint8_t *buffer, const Target *target) noexcept nogil:
+        """Overwrite what is there; returns its length, 0 where that fails."""
+        if self.marks.count:
+            self.marks.mark(offset, target.length)
+        return target.length if write_host(&target.layer.file, buffer, target.length, target.host) else 0
 
     def write_from(self, uint64_t offset, buffer, uint64_t start=0):
         """Write `buffer` at guest byte `offset`, from its byte `start` on; returns where it stopped.

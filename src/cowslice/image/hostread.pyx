@@ -4,17 +4,15 @@
 It does not know images. An error is only told as False: who needs to know why reads again through the storage.
 """
 
-from libc.errno cimport EAGAIN, EINTR, errno
+from libc.errno cimport EAGAIN, EINTR, ENXIO, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
 cdef extern from "<sys/uio.h>" nogil:
-    cdef struct iovec:
-        void *iov_base
-        size_t iov_len
     int RWF_NOWAIT
     ssize_t preadv2(int fd, const iovec *vector, int count, long offset, int flags)
+    ssize_t pwritev(int fd, const iovec *vector, int count, long offset)
 
 cdef extern from "<sys/vfs.h>" nogil:
     ctypedef struct statfs_t "struct statfs":
@@ -24,6 +22,8 @@ cdef extern from "<sys/vfs.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     ssize_t pread(int fd, void *buffer, size_t count, long offset)
     ssize_t pwrite(int fd, const void *buffer, size_t count, long offset)
+    long lseek(int fd, long offset, int whence)
+    int SEEK_DATA
 
 cdef extern from "<malloc.h>" nogil:
     void *memalign(size_t alignment, size_t size)
@@ -91,6 +91,32 @@ cdef bint write_host(const File *file, const uint8_t *buffer, uint64_t length, u
             return False
         done += put
     return True
+
+
+cdef bint write_parts(int fd, iovec *parts, int count, uint64_t offset) noexcept nogil:
+    """All parts, one behind the other, or False; a piece may be written then. The parts are used up."""
+    cdef ssize_t put
+    while count:
+        put = pwritev(fd, parts, count, <long> offset)
+        if put < 0 and errno == EINTR:
+            continue
+        if put <= 0:
+            return False
+        offset += put
+        while count and <size_t> put >= parts.iov_len:
+            put -= parts.iov_len
+            parts += 1
+            count -= 1
+        if count:
+            parts.iov_base = <uint8_t *> parts.iov_base + put
+            parts.iov_len -= put
+    return True
+
+
+cdef bint reads_as_hole(int fd, uint64_t offset, uint64_t length) noexcept nogil:
+    """Does the file system know that there is no data? False where it knows no holes."""
+    cdef long data = lseek(fd, <long> offset, SEEK_DATA)
+    return <uint64_t> data >= offset + length if data >= 0 else errno == ENXIO
 
 
 cdef bint read_at_once(const File *file, uint8_t *buffer, uint64_t length, uint64_t offset) noexcept nogil:

@@ -35,6 +35,7 @@ def alone(writer: Writer) -> Iterator[Roots]:
     tables, commits = writer.tables, writer.commits
     with tables.passage.exclusive(), commits.alone(), tables.lock:
         commits.check()
+        tables.allocator.withdraw()
         yield Roots(writer)
 
 

@@ -56,7 +56,9 @@ def open_writes(chain: Chain, options: OpenOptions, fast: FastPath | None) -> Wr
     writer = open_writer(chain.layers, refcount_budget=chain.refcount_budget, slice_budget=chain.cache.budget)
     if fast is not None:
         fast.make_writable(writer.tables.passage, writer.tables.fences)
+        fast.supply_writes(writer.claims, writer.tables.allocator.supply, writer.provide)
         fast.writes_in_place = options.detect_zeroes == "off"
+        writer.commits.refused = fast.stop_writing
     return Qcow2Writes(writer, _tracking(writer, options, fast),
                        DiscardRules(keep_reference=options.discard_no_unref))
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from cowslice.image.qcow2 import Qcow2Layer
 
 MOST_AT_ONCE = 4 * MiB     # guest bytes that one plan covers
+SUPPLIED = 32 * MiB        # host bytes that compiled writers find ready
+MOST_SUPPLIED = 2048       # clusters of them: a commit takes them back one by one
 SHARED_WRITE = 256 * 1024  # of one long write, what one thread copies
 ZEROS_TO_WRITE = 64 * 1024  # longer zeros are left to the file system
 _ZEROS = memoryview(bytes(ZEROS_TO_WRITE))
@@ -50,7 +52,7 @@ class Writer:
         self.track: Callable[[int, int], None] | None = None
         self.resizing: Callable[[int], object] = lambda size: None
         self.resized: Callable[[int], object] = lambda size: None
-        self.claims = Claims(tables.lock)
+        self.claims = Claims()
         header = self.layer.first.header
         self.planner = Planner(header.geometry, version=header.version, data_file=header.has_data_file)
         self._dirty_bytes = dirty_bytes
@@ -83,6 +85,19 @@ class Writer:
         tables = self.tables
         if tables.slices.dirty_bytes > self._dirty_bytes or len(tables.drops) > 8192:
             self.commits.flush()
+
+    def provide(self, cluster: int) -> None:
+        """Make ready what compiled writes to a guest cluster rely on: its table, its slice, and clusters to take.
+
+        Raises NoSpace, StorageError, CorruptImage, and what forbids writing.
+        """
+        self.relieve()
+        with self.tables.lock:
+            self.commits.check()
+            self.commits.release()
+            self.own_table(cluster)
+            self.tables.slices.keep(cluster)
+            self.tables.allocator.stock(min(SUPPLIED >> self._bits, MOST_SUPPLIED))
 
     def entries(self, first: int, count: int) -> list[tuple[int, int]]:
         """The (word, bitmap) of guest clusters from `first`."""
