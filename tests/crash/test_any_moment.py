@@ -31,10 +31,10 @@ def opened(files: Files, image: Storage, data: Storage | None, mode: str = "r+",
 
 
 def recorded(files: Files, model: ModelDisk, work: Callable[[Twin], object], record: CrashRecord | None = None,
-             wrap: Callable[[Storage], Storage] = lambda storage: storage) -> CrashRecord:
-    """Do the work on files that lose power; each return of a flush is marked."""
+             wrap: Callable[[Storage], Storage] = lambda storage: storage, compiled: bool = False) -> CrashRecord:
+    """Do the work on files that lose power; each return of a flush is marked. `compiled` writers see a descriptor."""
     record = record or CrashRecord()
-    image = wrap(record.storage(files.image.read_bytes()))
+    image = wrap((record.descriptor if compiled else record.storage)(files.image.read_bytes()))
     own = files.shape.data_file != "none"
     data = record.storage((files.directory / "data").read_bytes(), file="data") if own else None
     twin = Twin(files.shape, model, lambda: opened(files, image, data))
@@ -103,6 +103,14 @@ def plain_shape(seed: int) -> Shape:
     """Compiled code leaves encrypted clusters to others."""
     shape = shape_by_chance(random.Random(seed))
     return dataclasses.replace(shape, encryption="none")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(300, 360))
+@peers.needs("qemu-img")
+def test_no_crash_loses_what_compiled_code_wrote_in_longer_runs(seed: int, tmp_path: Path) -> None:
+    files = make_files(plain_shape(seed), tmp_path)
+    survive(files, seed, count=60, limit=20, compiled=True)
 
 
 @peers.needs("qemu-img")

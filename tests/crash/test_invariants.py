@@ -27,7 +27,8 @@ AUTOCLEAR_BYTE, UNKNOWN_BIT = 95, 0x20
 NO_LIE: tuple[int, ...] = ()
 
 
-def faults(files: Files, work: Callable[[Twin, LyingStorage], object], *, limit: int = 200) -> list[str]:
+def faults(files: Files, work: Callable[[Twin, LyingStorage], object], *, limit: int = 200,
+           compiled: bool = False) -> list[str]:
     """What is wrong in any state that a crash can leave of this work."""
     model, liars = ModelDisk(files.content), []
 
@@ -35,7 +36,7 @@ def faults(files: Files, work: Callable[[Twin, LyingStorage], object], *, limit:
         liars.append(LyingStorage(storage))
         return liars[0]
 
-    record = recorded(files, model, lambda twin: work(twin, liars[0]), wrap=wrap)
+    record = recorded(files, model, lambda twin: work(twin, liars[0]), wrap=wrap, compiled=compiled)
     return [fault for state in crash_states(record, limit=limit) if (fault := fault_of(files, model, state))]
 
 
@@ -54,6 +55,19 @@ def test_i1_an_entry_reaches_the_disk_after_the_count_of_its_cluster(files: File
         twin.flush()
 
     assert bool(faults(files, work)) is bool(lie)
+
+
+@pytest.mark.parametrize("lie", [NO_LIE, (0,)])
+def test_i1_and_i2_hold_for_compiled_writers_too(tmp_path: Path, lie: tuple[int, ...]) -> None:
+    """The second write takes from the supply, after the first had it stocked."""
+
+    def work(twin: Twin, liar: LyingStorage) -> None:
+        twin.write(0, b"a" * 512)
+        liar.lie(*lie)
+        twin.write(8192 + 1024, b"b" * 512)
+        twin.flush()
+
+    assert bool(faults(make_files(Shape(4096, backing="raw"), tmp_path), work, compiled=True)) is bool(lie)
 
 
 @pytest.mark.parametrize("lie", [NO_LIE, (0,)])
