@@ -9,6 +9,7 @@ import pytest
 
 import cowslice
 from cowslice.testing import peers
+from cowslice.testing.commandline import cowslice as cowslice_command
 from cowslice.units import SECTOR, KiB, MiB
 
 pytestmark = peers.needs("qemu-img", "qemu-io")
@@ -144,6 +145,80 @@ def test_a_version_2_image_with_snapshots_keeps_its_size(tmp_path: Path) -> None
         disk.snapshot("one")
         with pytest.raises(cowslice.UnsupportedImage, match="version 2"):
             disk.resize(2 * MiB)
+
+
+@pytest.mark.parametrize("words", [
+    ["--preallocation=full", "512k"], ["--shrink", "--preallocation=metadata", "512k"], ["512k"], ["--", "-512k"],
+    ["--shrink", "--", "-2M"], ["--shrink", "512k"], ["--shrink", "--", "-512k"], ["+0"], ["1M"], ["+512"],
+    ["--preallocation=metadata", "+1M"], ["--preallocation=falloc", "+1M"], ["--preallocation=full", "+1M"],
+    ["--preallocation=none", "+1M"], [],
+], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize("kind", ["qcow2", "raw"])
+def test_the_command_refuses_and_does_what_qemus_does(words: list[str], kind: str, tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for path in (ours, theirs):
+        peers.run("qemu-img", "create", "-q", "-f", kind, path, str(MiB))
+        peers.qemu_io(path, f"write -P 7 0 {MiB}", image_format=kind)
+    place = next((n for n, word in enumerate(words) if not word.startswith("--p") and word != "--shrink"), len(words))
+    said = cowslice_command("resize", "-f", kind, *words[:place], ours, *words[place:])
+    expected = peers.run("qemu-img", "resize", "-f", kind, *words[:place], theirs, *words[place:], expect=None)
+    assert (said.status == 0) == (expected.returncode == 0), said.err
+    mine, other = (peers.run("qemu-img", "info", "-f", kind, path).stdout for path in (ours, theirs))
+    assert [line for line in mine.splitlines() if b"virtual size" in line] == [
+        line for line in other.splitlines() if b"virtual size" in line]
+    peers.run("qemu-img", "compare", "-f", kind, "-F", kind, ours, theirs)
+    assert ours.stat().st_size <= theirs.stat().st_size
+
+
+@pytest.mark.parametrize("options", ["", "compat=0.10"])
+def test_snapshots_of_other_sizes_stay_what_they_were(options: str, tmp_path: Path) -> None:
+    ours, theirs = (make(tmp_path / name, options or "cluster_size=64k", MiB) for name in ("ours", "theirs"))
+    for path in (ours, theirs):
+        peers.qemu_io(path, f"write -P 7 0 {MiB}")
+        peers.run("qemu-img", "snapshot", "-c", "before", path)
+    for size in ("512k", "3M"):
+        said = cowslice_command("resize", "--shrink", ours, size)
+        expected = peers.run("qemu-img", "resize", "-q", "--shrink", theirs, size, expect=None)
+        assert said.status == expected.returncode == (1 if options else 0)
+    peers.run("qemu-img", "compare", ours, theirs)
+    peers.run("qemu-img", "check", ours)
+    with cowslice.open(ours, snapshot="before") as disk:
+        assert disk.read(0, MiB) == b"\7" * MiB
+    peers.run("qemu-img", "snapshot", "-a", "before", ours)
+    assert content_of(ours) == b"\7" * MiB
+
+
+def test_a_bitmap_that_cannot_be_used_keeps_the_size_as_with_qemu(tmp_path: Path) -> None:
+    path = make(tmp_path / "disk", "cluster_size=64k", MiB)
+    peers.run("qemu-img", "bitmap", "--add", path, "day")
+    with cowslice.open(path) as disk:
+        assert disk.first_cluster is not None
+        assert disk.first_cluster.bitmaps is not None
+        at = disk.first_cluster.bitmaps.directory_offset
+    with path.open("r+b") as file:  # a writer did not finish it
+        file.seek(at + 15)
+        file.write(b"\3")
+    before = path.read_bytes()
+    for words in (["2M"], ["--shrink", "512k"]):
+        said = cowslice_command("resize", *words[:-1], path, words[-1])
+        assert said.status == 1
+        assert "bitmap 'day' cannot be used" in said.err
+        peers.run("qemu-img", "resize", *words[:-1], path, words[-1], expect=1)
+    assert path.read_bytes() == before
+    assert cowslice_command("bitmap", "--remove", path, "day").status == 0
+    assert cowslice_command("resize", path, "2M").status == 0
+    assert content_of(path) == bytes(2 * MiB)
+
+
+def test_a_file_is_no_longer_than_qemu_leaves_it(tmp_path: Path) -> None:
+    ours, theirs = (make(tmp_path / name, "cluster_size=4k", 256 * MiB) for name in ("ours", "theirs"))
+    for path in (ours, theirs):
+        peers.qemu_io(path, "write 0 1M", "write 200M 16M")
+    assert cowslice_command("resize", "--shrink", ours, "64M").status == 0
+    peers.run("qemu-img", "resize", "-q", "--shrink", theirs, "64M")
+    assert ours.stat().st_size <= min(theirs.stat().st_size, 3 * MiB)
+    peers.run("qemu-img", "compare", ours, theirs)
+    peers.run("qemu-img", "check", ours)
 
 
 def test_a_raw_file_grows_and_shrinks(tmp_path: Path) -> None:

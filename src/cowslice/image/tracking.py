@@ -206,18 +206,19 @@ class Tracking:
     # -- another size -----------------------------------------------------------------------------------------------
 
     def resizing(self, size: int) -> None:
-        """The disk will have `size` bytes. Nobody else is inside. Raises UnsupportedImage where a bitmap cannot follow.
+        """The disk will have `size` bytes. Nobody else is inside.
 
         Until they are stored, tables have the former length: so all are in use.
+        Raises UnsupportedImage where a bitmap cannot follow, CorruptImage where one cannot be used.
         """
         if size == self.layer.size:
             return
         for one in self._all:
-            if one.sound:
-                entries = bitmap_table_entries(size, one.record.granularity_bits, self._geometry)
-                if fault := bitmap_fault(replace(one.record, table_size=entries), self._geometry, size):
-                    raise UnsupportedImage(f"bitmap '{escaped(one.record.name)}' cannot describe {size} bytes: {fault}",
-                                           features=("bitmap of that size",))
+            one.check_sound()
+            entries = bitmap_table_entries(size, one.record.granularity_bits, self._geometry)
+            if fault := bitmap_fault(replace(one.record, table_size=entries), self._geometry, size):
+                raise UnsupportedImage(f"bitmap '{escaped(one.record.name)}' cannot describe {size} bytes: {fault}",
+                                       features=("bitmap of that size",))
         self._put_in_use(self._all)
         for one in self._all:
             if one.bits is not None:
