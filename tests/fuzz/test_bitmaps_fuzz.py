@@ -1,4 +1,4 @@
-"""Images whose header extensions and bitmaps are spoilt are read, written, checked and repaired: guest bytes survive."""
+"""Images whose header extensions and bitmaps are spoilt are read, written, checked, repaired: guest bytes survive."""
 
 from __future__ import annotations
 
