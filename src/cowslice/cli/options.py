@@ -161,10 +161,10 @@ def open_options(named: Named, given: Given, **more: Any) -> OpenOptions:
 
 
 _SIZES = ("cache-size", "l2-cache-size", "refcount-cache-size", "l2-cache-entry-size")
-# Options of qemu's qcow2 driver that only concern writing: accepted, because reading does not change with them.
+_DISCARDS = {"on": "unmap", "off": "ignore"}  # what QEMU calls the same
+# Options of qemu's qcow2 driver that are accepted, because what a disk holds does not depend on them.
 _WITHOUT_EFFECT = ("lazy-refcounts", "pass-discard-request", "pass-discard-snapshot", "pass-discard-other",
-                   "discard-no-unref", "overlap-check", "read-only", "auto-read-only", "discard", "detect-zeroes",
-                   "node-name", "cache.no-flush")
+                   "overlap-check", "read-only", "auto-read-only", "node-name", "cache.no-flush")
 
 
 def _taken_options(options: dict[str, str], given: Given) -> dict[str, Any]:
@@ -176,8 +176,12 @@ def _taken_options(options: dict[str, str], given: Given) -> dict[str, Any]:
             fields[key.replace("-", "_")] = value
         elif key == "cache-clean-interval":
             fields["cache_clean_interval"] = _whole_number(value, key)
-        elif key == "force-share":
-            fields["force_share"] = _switch(value, key)
+        elif key in ("force-share", "discard-no-unref"):
+            fields[key.replace("-", "_")] = _switch(value, key)
+        elif key == "discard":
+            fields["discard"] = _DISCARDS.get(value, value)
+        elif key == "detect-zeroes":
+            fields["detect_zeroes"] = value
         elif key == "cache.direct":
             fields["direct"] = _switch(value, key)
         elif key == "encrypt.key-secret":
