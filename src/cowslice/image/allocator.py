@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
 
 from cowslice.errors import CorruptImage, InternalError, NoSpace, StorageError
 from cowslice.format.geometry import Geometry
@@ -20,9 +19,6 @@ from cowslice.image.structures import Structure
 from cowslice.image.supply import Supply
 from cowslice.storage.base import Storage
 from cowslice.units import round_up
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 class Allocator:
@@ -104,7 +100,7 @@ class Allocator:
         """
         return self._hold(self.refcounts.lower(runs))
 
-    def adjust(self, clusters: Sequence[int] | array[int] | NDArray[Any], delta: int) -> list[Run]:
+    def adjust(self, clusters: Sequence[int] | array[int], delta: int) -> list[Run]:
         """Add `delta`, 1 or -1, references to many clusters; returns runs like `lower`. See Refcounts.adjust."""
         return self._hold(self.refcounts.adjust(clusters, delta))
 

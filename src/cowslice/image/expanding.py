@@ -6,6 +6,7 @@ new clusters are zeros, counted and stable before an entry names them (I1, I2), 
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -66,7 +67,7 @@ def has_compressed(layer: Qcow2Layer) -> bool:
     """Whether any table names a compressed cluster. Raises ImageError, StorageError."""
     import numpy as np
 
-    return any((some.words & np.uint64(COMPRESSED)).any()
+    return any((_words(some) & np.uint64(COMPRESSED)).any()
                for some in tables_of(layer.storage, layer.geometry, sorted(all_tables(layer).times)))
 
 
@@ -103,10 +104,11 @@ class _Expansion:
     def expand(self, some: Tables) -> None:
         import numpy as np
 
-        said = (some.words & np.uint64(ZERO) != 0) & (some.words & np.uint64(COMPRESSED) == 0)
+        words = _words(some)
+        said = (words & np.uint64(ZERO) != 0) & (words & np.uint64(COMPRESSED) == 0)
         if not said.any():
             return
-        after = some.words.copy()
+        after = words.copy()
         after[said] = 0
         with ExitStack() as undo:
             if self._covered:
@@ -116,7 +118,7 @@ class _Expansion:
             for row in np.flatnonzero(said.any(axis=1)).tolist():
                 self._roots.storage.pwrite(some.offsets[row], after[row].astype(">u8").tobytes())
             self._roots.sync()
-        self._let_go(some, said)
+        self._let_go(some, np.where(said, words & np.uint64(L2_OFFSET_MASK), np.uint64(0)))
 
     def _allocate(self, some: Tables, said: Numbers, after: Numbers, undo: ExitStack) -> None:
         """Give every such entry a cluster of zeros, with as many references as its table has."""
@@ -132,7 +134,7 @@ class _Expansion:
                 chosen = columns[done : done + count]
                 self._fill(start, self._names.indexes[offset] * self._roots.geometry.l2_entries + chosen)
                 for _ in range(times - 1):
-                    self._allocator.adjust(np.arange(start, start + count), 1)
+                    self._allocator.adjust(range(start, start + count), 1)
                     undo.callback(self._lower, np.arange(start, start + count), 1)
                 hosts = np.arange(start, start + count, dtype=np.uint64) << np.uint64(self._bits)
                 after[row, chosen] = hosts | np.uint64(flag)
@@ -150,11 +152,10 @@ class _Expansion:
             sector = (host if luks else guest << self._bits) // SECTOR
             layer.storage.pwrite(host, layer.cipher.encrypt(sector, bytes(size)))
 
-    def _let_go(self, some: Tables, said: Numbers) -> None:
-        """The clusters that such entries had kept lose the references of their tables."""
+    def _let_go(self, some: Tables, hosts: Numbers) -> None:
+        """The clusters that such entries had kept, 0 for none, lose the references of their tables."""
         import numpy as np
 
-        hosts = np.where(said, some.words & np.uint64(L2_OFFSET_MASK), np.uint64(0))
         for row, offset in enumerate(some.offsets):
             kept = (hosts[row][hosts[row] != 0] >> np.uint64(self._bits)).astype(np.int64)
             if len(kept):
@@ -162,4 +163,16 @@ class _Expansion:
 
     def _lower(self, clusters: Numbers, times: int) -> None:
         for _ in range(times):
-            self._roots.free(self._allocator.adjust(clusters, -1))
+            self._roots.free(self._allocator.adjust(_numbers(clusters), -1))
+
+
+def _words(some: Tables) -> Numbers:
+    """The first word of each entry, a row for each table."""
+    import numpy as np
+
+    words = np.frombuffer(some.content, dtype=">u8").reshape(len(some.offsets), -1)
+    return words[:, :: 1 + some.geometry.extended_l2].astype(np.uint64)
+
+
+def _numbers(clusters: Numbers) -> array[int]:
+    return array("q", clusters.astype("q").tobytes())

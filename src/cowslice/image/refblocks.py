@@ -61,10 +61,16 @@ class Refblocks:
         self.limit = geometry.max_refcount
         self.shift = self._entries.bit_length() - 1
         self._empty = unpack_refblock(bytes(geometry.cluster_size), self._order)
-        self.block_bytes = len(self._empty) * self._empty.itemsize
+        self.width = self._empty.itemsize  # bytes of one count in memory
+        self.block_bytes = len(self._empty) * self.width
         self._most = max(budget // self.block_bytes, 1)
         self._clean: OrderedDict[int, Refblock] = OrderedDict()  # least recently used first
         self._changed: dict[int, Refblock] = {}
+
+    @property
+    def entries(self) -> int:
+        """How many blocks the table could name."""
+        return len(self._reftable)
 
     @property
     def changed_bytes(self) -> int:

@@ -7,119 +7,50 @@ left, or, when it raises, those from before.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
-from cowslice.image.refblocks import Refblocks
+from cowslice.image.counting import Blocks, spread
+from cowslice.image.refblocks import Refblock, Refblocks
+from cowslice.units import MiB
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Numbers = NDArray[Any]
+_READ_AT_ONCE = 16 * MiB  # of blocks: clusters all over a large file need not all of its counts in memory
 
 
-def adjust(blocks: Refblocks, clusters: Sequence[int] | array[int] | Numbers, delta: int) -> list[tuple[int, int]]:
+def adjust(blocks: Refblocks, clusters: Sequence[int] | array[int], delta: int) -> list[tuple[int, int]]:
     """Refcounts.adjust for many clusters: returns the runs (first cluster, clusters) whose count became 0."""
-    import numpy as np
-
-    numbers, times = _counted(np.asarray(clusters, dtype=np.int64))
-    undo: list[tuple[Numbers, Numbers, Numbers]] = []
-    zeros: list[Numbers] = []
-    try:
-        for index, piece in _by_block(numbers, blocks.shift):
-            block = blocks.needed(index)
-            counts = np.frombuffer(block.counts, dtype=block.counts.typecode)
-            entries = numbers[piece] & ((1 << blocks.shift) - 1)
-            before = counts[entries]
-            _check(blocks, numbers[piece], before, times[piece], delta)
-            change = times[piece].astype(before.dtype)
-            after = before + change if delta > 0 else before - change
-            undo.append((counts, entries, before))
-            counts[entries] = after
-            blocks.touch(index, block, int(entries[0]), int(entries[-1]) + 1)
-            zeros.append(numbers[piece][after == 0])
-    except BaseException:
-        for counts, entries, before in undo:
-            counts[entries] = before
-        raise
-    return _runs(np.concatenate(zeros)) if zeros else []
+    numbers = _numbers(clusters)
+    places, stranger = spread(numbers, shift=blocks.shift, blocks=blocks.entries)
+    if stranger >= 0:
+        raise blocks.uncounted(stranger)
+    held: list[tuple[int, array[int]]] = []
+    for index, low, high in places:
+        block = blocks.needed(index)
+        blocks.touch(index, block, low, high)  # now: one that nobody changed may leave when the next is read
+        held.append((index, block.counts))
+    runs, failed = Blocks(held, shift=blocks.shift, width=blocks.width).change(
+        numbers, up=delta > 0, limit=blocks.limit)
+    if failed >= 0:
+        block = blocks.get(failed >> blocks.shift)
+        raise blocks.overflow(failed) if _count(block, failed, blocks) else blocks.uncounted(failed)
+    return runs
 
 
-def counts_of(blocks: Refblocks, clusters: Numbers) -> Numbers:
-    """Refcounts.counts_of: the count of each cluster."""
-    import numpy as np
-
-    wanted = np.asarray(clusters, dtype=np.int64)
-    if not _is_ascending(wanted) and _is_dense(wanted):
-        first, last = int(wanted.min()) >> blocks.shift, int(wanted.max()) >> blocks.shift
-        known = [blocks.get(index) for index in range(first, last + 1)]
-        dense = b"".join([(blocks.zeros(1 << blocks.shift) if block is None else block.counts).tobytes()
-                          for block in known])
-        return np.frombuffer(dense, dtype=blocks.zeros(0).typecode)[wanted - (first << blocks.shift)]
-    numbers, places = (wanted, slice(None)) if _is_ascending(wanted) else np.unique(wanted, return_inverse=True)
-    found = np.zeros(len(numbers), dtype=np.uint64)
-    for index, piece in _by_block(numbers, blocks.shift):
-        block = blocks.get(index)
-        if block is not None:
-            counts = np.frombuffer(block.counts, dtype=block.counts.typecode)
-            found[piece] = counts[numbers[piece] & ((1 << blocks.shift) - 1)]
-    return found[places]
+def counts_of(blocks: Refblocks, clusters: Sequence[int] | array[int]) -> array[int]:
+    """Refcounts.counts_of: the count of each cluster, as array('Q')."""
+    numbers = _numbers(clusters)
+    counts = array("Q", bytes(8 * len(numbers)))
+    places, _ = spread(numbers, shift=blocks.shift, blocks=blocks.entries)
+    most = max(_READ_AT_ONCE // blocks.block_bytes, 1)
+    for first in range(0, len(places), most):
+        held = [(index, block.counts) for index, _, _ in places[first : first + most]
+                if (block := blocks.get(index)) is not None]
+        Blocks(held, shift=blocks.shift, width=blocks.width).read(numbers, counts)
+    return counts
 
 
-def _counted(clusters: Numbers) -> tuple[Numbers, Numbers]:
-    """The different ones ascending, and how often each occurs; what lies close together is not sorted for it."""
-    import numpy as np
-
-    if _is_ascending(clusters):
-        return clusters, np.broadcast_to(np.int64(1), clusters.shape)
-    if not _is_dense(clusters):
-        return np.unique(clusters, return_counts=True)
-    first = int(clusters.min())
-    times = np.bincount(clusters - first)
-    numbers = np.flatnonzero(times)
-    return numbers + first, times[numbers]
+def _numbers(clusters: Sequence[int] | array[int]) -> array[int]:
+    return clusters if isinstance(clusters, array) and clusters.typecode == "q" else array("q", clusters)
 
 
-def _is_ascending(clusters: Numbers) -> bool:
-    return bool((clusters[1:] > clusters[:-1]).all())
-
-
-def _is_dense(clusters: Numbers) -> bool:
-    """Whether an array over the whole range is not much larger than the clusters."""
-    return len(clusters) > 0 and int(clusters.max()) - int(clusters.min()) < max(8 * len(clusters), 1 << 16)
-
-
-def _check(blocks: Refblocks, clusters: Numbers, before: Numbers, times: Numbers, delta: int) -> None:
-    least = 1 if delta > 0 else times
-    if (before < least).any():
-        raise blocks.uncounted(int(clusters[(before < least).argmax()]))
-    if delta > 0:
-        import numpy as np
-
-        kind = np.uint64 if blocks.limit >> 63 else np.int64
-        full = before.astype(kind) > kind(blocks.limit) - times.astype(kind)
-        if full.any():
-            raise blocks.overflow(int(clusters[full.argmax()]))
-
-
-def _by_block(numbers: Numbers, shift: int) -> Iterator[tuple[int, slice]]:
-    """Cut ascending clusters into (block index, slice of those it counts)."""
-    import numpy as np
-
-    if not len(numbers):
-        return
-    indexes = numbers >> shift
-    borders = [0, *(np.flatnonzero(indexes[1:] != indexes[:-1]) + 1).tolist(), len(numbers)]
-    for first, end in pairwise(borders):
-        yield int(indexes[first]), slice(first, end)
-
-
-def _runs(numbers: Numbers) -> list[tuple[int, int]]:
-    import numpy as np
-
-    if not len(numbers):
-        return []
-    starts = np.flatnonzero(np.concatenate(([True], numbers[1:] != numbers[:-1] + 1)))
-    lengths = np.diff(np.concatenate((starts, [len(numbers)])))
-    return list(zip(numbers[starts].tolist(), lengths.tolist(), strict=True))
+def _count(block: Refblock | None, cluster: int, blocks: Refblocks) -> int:
+    return 0 if block is None else block.counts[cluster & ((1 << blocks.shift) - 1)]

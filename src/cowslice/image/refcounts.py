@@ -10,7 +10,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from cowslice.format.geometry import Geometry
 from cowslice.format.header import Header
@@ -20,12 +19,9 @@ from cowslice.image.refblocks import BlockChange, Refblock, Refblocks, RefcountO
 from cowslice.image.reftable import Fences, NewTable, Reftable, Run, TableChanges
 from cowslice.storage.base import Storage
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 __all__ = ["Fences", "NewTable", "RefcountOverflow", "RefcountStage", "Refcounts", "Run"]
 
-_BULK = 64  # clusters from which numpy pays
+_BULK = 64  # clusters from which a pass over all of them pays
 _BLOCKS_BACK = 64  # blocks without any count that are read to find the last one in use
 
 
@@ -103,8 +99,8 @@ class Refcounts:
         """
         return self._change_all(runs, -1)
 
-    def adjust(self, clusters: Sequence[int] | array[int] | NDArray[Any], delta: int) -> list[Run]:
-        """Add `delta`, 1 or -1, to the counts of many clusters, once for each time that one occurs; best ascending.
+    def adjust(self, clusters: Sequence[int] | array[int], delta: int) -> list[Run]:
+        """Add `delta`, 1 or -1, to the counts of many clusters, once for each time that one occurs.
 
         Returns the runs whose count became 0. All or nothing; raises like raise_ and lower.
         """
@@ -113,8 +109,11 @@ class Refcounts:
         self._apply_claims()
         return refbulk.adjust(self.blocks, clusters, delta)
 
-    def counts_of(self, clusters: NDArray[Any]) -> NDArray[Any]:
-        """The counts of clusters in any order, in that order; 0 where nothing counts one. Raises StorageError."""
+    def counts_of(self, clusters: Sequence[int] | array[int]) -> array[int]:
+        """The counts of clusters in any order, in that order; 0 where nothing counts one. Raises StorageError.
+
+        An array('Q'). Clusters are best given as an array('q').
+        """
         self._apply_claims()
         return refbulk.counts_of(self.blocks, clusters)
 

@@ -10,20 +10,17 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
-from typing import TYPE_CHECKING
 
 from cowslice.errors import CorruptImage, CowsliceError, StorageError
-from cowslice.format.entries import COMPRESSED, COPIED, L1_OFFSET_MASK
+from cowslice.format.entries import COPIED, L1_OFFSET_MASK
 from cowslice.format.words import pack_words, unpack_words
+from cowslice.image.counting import first_zero
 from cowslice.image.headerswitch import switch_header
 from cowslice.image.hosttree import Tree
 from cowslice.image.refcounts import Run
 from cowslice.image.structures import Structure
 from cowslice.image.writing import Writer
 from cowslice.units import div_ceil
-
-if TYPE_CHECKING:
-    from cowslice.image.hosttree import Numbers
 
 Words = Sequence[int]
 _MOST_COMMITS = 8  # a commit frees clusters, the next counts them down; a table that moved takes one more
@@ -129,9 +126,9 @@ class Roots:
     def check(self, words: Words | Tree) -> None:
         """Raise CorruptImage unless all that the tree refers to is counted."""
         for clusters in self._clusters_of(words):
-            counts = self.tables.refcounts.counts_of(clusters)
-            if not counts.all():
-                cluster = int(clusters[(counts == 0).argmax()])
+            lost = first_zero(self.tables.refcounts.counts_of(clusters))
+            if lost >= 0:
+                cluster = clusters[lost]
                 raise CorruptImage(f"host cluster {cluster} is in use and its refcount is 0, expected at least 1",
                                    structure="refcount block", hint="Repair it with `cowslice check -r all`.")
 
@@ -150,7 +147,7 @@ class Roots:
     def lower_tree(self, words: Words | Tree) -> None:
         """One reference less, which is gone from disk already; what has none left is free."""
         for some in self.tree(words):
-            runs = [run for clusters in some.clusters(self.geometry, data_file=self._data_file)
+            runs = [run for clusters in some.clusters(data_file=self._data_file)
                     for run in self.tables.allocator.adjust(clusters, -1)]
             for offset in set(some.offsets):
                 if self.tables.refcounts.get(offset >> self._bits) == 0 and self._is_fenced(offset):
@@ -165,9 +162,9 @@ class Roots:
             self.commit()
             self.set_copied()
 
-    def _clusters_of(self, words: Words | Tree) -> Iterator[Numbers]:
+    def _clusters_of(self, words: Words | Tree) -> Iterator[array[int]]:
         for some in self.tree(words):
-            yield from some.clusters(self.geometry, data_file=self._data_file)
+            yield from some.clusters(data_file=self._data_file)
 
     # -- COPIED -----------------------------------------------------------------------------------------------------
 
@@ -184,31 +181,18 @@ class Roots:
 
     def clear_copied_below(self, words: Words | Tree) -> None:
         """The same for the L2 tables of any tree, not stably."""
-        import numpy as np
-
         for some in self.tree(words):
-            self._write_all(some.with_copied(np.zeros((1, 1), dtype=bool)))
+            self._write_all(some.without_copied())
 
     def set_copied(self, known: Tree | None = None) -> None:
         """Set COPIED in the active tree exactly where the count is 1. All counts are stable on disk.
 
         `known` is a tree that was read already; it is not read again where the active one has the same tables.
         """
-        import numpy as np
-
         tables, words = self.tables, self.on_file()
-        mask = np.uint64(L1_OFFSET_MASK)
         same = known is not None and _offsets(known.l1) == _offsets(words)
         for some in known if known is not None and same else self.tree(words):
-            plain = some.words & mask
-            used = (plain != 0) & (some.words & np.uint64(COMPRESSED) == 0)
-            if used.all():
-                single = tables.refcounts.counts_of(plain.ravel() >> np.uint64(self._bits)) == 1
-                wanted = single.reshape(plain.shape)
-            else:
-                wanted = np.zeros(plain.shape, dtype=bool)
-                wanted[used] = tables.refcounts.counts_of(plain[used] >> np.uint64(self._bits)) == 1
-            self._write_all(some.with_copied(wanted))
+            self._write_all(some.with_copied(tables.refcounts.counts_of))
             for index, offset in zip(some.indexes, some.offsets, strict=True):
                 ours = tables.refcounts.get(offset >> self._bits) == 1
                 words[index] = offset | COPIED if ours else offset
