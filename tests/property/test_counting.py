@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -76,7 +77,7 @@ def test_counts_change_one_by_one_or_not_at_all(code: str, drawn: st.DataObject)
     assert (failed, now) == (-1, after)
     fell = [cluster for start, count in runs for cluster in range(start, start + count)]
     assert fell == sorted(cluster for cluster in set(chosen) if after[cluster] == 0)
-    assert all(start + count < following for (start, count), (following, _) in zip(runs, runs[1:], strict=False))
+    assert all(start + count < following for (start, count), (following, _) in pairwise(runs))
 
 
 @pytest.mark.parametrize("code", TYPES)

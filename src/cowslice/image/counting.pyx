@@ -135,7 +135,7 @@ def spread(clusters, *, int shift, Py_ssize_t blocks):
     cdef Py_buffer view
     cdef const uint64_t *numbers
     cdef uint64_t *bounds
-    cdef uint64_t index, entry
+    cdef uint64_t index, entry, last = <uint64_t>-1
     cdef int64_t stranger = -1
     cdef Py_ssize_t i
     cdef list found = []
@@ -153,12 +153,14 @@ def spread(clusters, *, int shift, Py_ssize_t blocks):
                         stranger = numbers[i]
                     continue
                 entry = numbers[i] & ((<uint64_t>1 << shift) - 1)
-                if bounds[2 * index + 1] == 0:
-                    bounds[2 * index] = entry
-                if entry < bounds[2 * index]:
-                    bounds[2 * index] = entry
+                if index != last:
+                    if bounds[2 * index + 1] == 0:
+                        bounds[2 * index] = entry
+                    last = index
                 if entry >= bounds[2 * index + 1]:
                     bounds[2 * index + 1] = entry + 1
+                elif entry < bounds[2 * index]:
+                    bounds[2 * index] = entry
         PyBuffer_Release(&view)
         for i in range(blocks):
             if bounds[2 * i + 1]:

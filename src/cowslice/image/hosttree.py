@@ -23,12 +23,19 @@ _KEPT = 8 * MiB
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """Some L2 tables: their L1 indexes, their host byte offsets, and their bytes as on the file, table after table."""
+    """Some L2 tables: their L1 indexes, their host byte offsets, and their bytes as on the file, table after table.
+
+    `named` are the host clusters that they refer to, the first `plain` of them in the order of plain entries; `crooked`
+    is the first offset that lies inside a cluster, 0 for none.
+    """
 
     indexes: list[int]
     offsets: list[int]
     content: bytes
     geometry: Geometry
+    named: array[int]
+    plain: int
+    crooked: int
 
     def clusters(self, *, data_file: bool) -> Iterator[array[int]]:
         """Yield the host clusters of the tables, then those that they refer to, each as often as it is referred to.
@@ -38,12 +45,11 @@ class Tables:
         yield array("q", [offset >> self.geometry.cluster_bits for offset in self.offsets])
         if data_file:
             return
-        found, _, crooked = self._referred()
-        if crooked:
+        if self.crooked:
             raise CorruptImage(
-                f"an L2 entry points at {crooked:#x}, which is not aligned to clusters of "
+                f"an L2 entry points at {self.crooked:#x}, which is not aligned to clusters of "
                 f"{self.geometry.cluster_size:#x} bytes", structure="L2 table", hint="Repair it with `cowslice check`.")
-        yield found
+        yield self.named
 
     def without_copied(self) -> Iterator[tuple[int, bytes]]:
         """Yield (host offset, content) of the tables that change when COPIED is cleared everywhere."""
@@ -51,11 +57,7 @@ class Tables:
 
     def with_copied(self, counts_of: Callable[[array[int]], array[int]]) -> Iterator[tuple[int, bytes]]:
         """The same when COPIED is set exactly where the count is 1; `counts_of` says those of an array of clusters."""
-        found, plain, _ = self._referred()
-        return self._marked(counts_of(found[:plain] if plain < len(found) else found))
-
-    def _referred(self) -> tuple[array[int], int, int]:
-        return referred(self.content, step=1 + self.geometry.extended_l2, cluster_bits=self.geometry.cluster_bits)
+        return self._marked(counts_of(self.named if self.plain == len(self.named) else self.named[: self.plain]))
 
     def _marked(self, counts: array[int] | None) -> Iterator[tuple[int, bytes]]:
         for row, content in marked(self.content, counts, step=1 + self.geometry.extended_l2,
@@ -84,9 +86,11 @@ class Tree:
 
 def tables_of(storage: Storage, geometry: Geometry, l1: Sequence[int]) -> Iterator[Tables]:
     """Read the L2 tables that L1 words name, in batches. Raises CorruptImage for an L1 entry, StorageError."""
-    named = [(index, offset) for index, word in enumerate(l1) if (offset := l2_table_offset(word, geometry))]
+    tables = [(index, offset) for index, word in enumerate(l1) if (offset := l2_table_offset(word, geometry))]
     size, most = geometry.cluster_size, max(_BATCH >> geometry.cluster_bits, 1)
-    for first in range(0, len(named), most):
-        some = named[first : first + most]
+    for first in range(0, len(tables), most):
+        some = tables[first : first + most]
         content = b"".join(storage.read_spans([(offset, size) for _, offset in some]))
-        yield Tables([index for index, _ in some], [offset for _, offset in some], content, geometry)
+        named, plain, crooked = referred(content, step=1 + geometry.extended_l2, cluster_bits=geometry.cluster_bits)
+        yield Tables([index for index, _ in some], [offset for _, offset in some], content, geometry, named, plain,
+                     crooked)

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Sequence
 
 from cowslice.image.counting import Blocks, spread
-from cowslice.image.refblocks import Refblock, Refblocks
+from cowslice.image.refblocks import Refblocks
 from cowslice.units import MiB
 
 _READ_AT_ONCE = 16 * MiB  # of blocks: clusters all over a large file need not all of its counts in memory
@@ -30,8 +30,7 @@ def adjust(blocks: Refblocks, clusters: Sequence[int] | array[int], delta: int) 
     runs, failed = Blocks(held, shift=blocks.shift, width=blocks.width).change(
         numbers, up=delta > 0, limit=blocks.limit)
     if failed >= 0:
-        block = blocks.get(failed >> blocks.shift)
-        raise blocks.overflow(failed) if _count(block, failed, blocks) else blocks.uncounted(failed)
+        raise blocks.overflow(failed) if counts_of(blocks, (failed,))[0] else blocks.uncounted(failed)
     return runs
 
 
@@ -50,7 +49,3 @@ def counts_of(blocks: Refblocks, clusters: Sequence[int] | array[int]) -> array[
 
 def _numbers(clusters: Sequence[int] | array[int]) -> array[int]:
     return clusters if isinstance(clusters, array) and clusters.typecode == "q" else array("q", clusters)
-
-
-def _count(block: Refblock | None, cluster: int, blocks: Refblocks) -> int:
-    return 0 if block is None else block.counts[cluster & ((1 << blocks.shift) - 1)]

@@ -1,4 +1,4 @@
-"""What L2 entries refer to and what becomes of the counts of that, in a few obvious lines: the twin of image/counting."""
+"""What L2 entries refer to and what becomes of their counts, in a few obvious lines: the twin of image/counting."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from cowslice.units import SECTOR
 
 def referred(words: Sequence[int], cluster_bits: int) -> tuple[list[int], list[int]]:
     """The host clusters of plain entries in their order, and those that compressed streams touch."""
-    plain, packed = [], []
+    plain: list[int] = []
+    packed: list[int] = []
     place = 70 - cluster_bits
     for word in words:
         if word & COMPRESSED:
