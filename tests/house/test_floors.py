@@ -11,6 +11,7 @@ from tests.house.source_tree import Module, modules, own_targets
 FLOORS = {
     "errors": 0,
     "units": 0,
+    "processors": 0,
     "format": 1,
     "codec": 1,
     "nbd": 1,
@@ -40,7 +41,9 @@ FEW_NEED = (
     "cowslice.codec.sectors",
     "cowslice.format.snapshots",
     "cowslice.image.bitmaps",
+    "cowslice.image.capture",
     "cowslice.image.snapshots",
+    "cowslice.image.writable",
     "cowslice.ops.bitmaprefs",
     "cowslice.ops.claims",
     "cowslice.ops.mapsize",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -106,7 +105,6 @@ def command(
     force_share: bool, quiet: bool, allowed: tuple[str, ...], allow_any: bool,
 ) -> int | None:
     """Copy the disks SOURCE, one behind another, into TARGET; a raw one may be '-', standard output."""
-    from cowslice.ops.bitmapcopy import check_bitmaps
     from cowslice.ops.convert import ConvertOptions
 
     if target_image_opts and (target_format or not existing):
@@ -129,14 +127,17 @@ def command(
                              rate=parse_size(rate, "-r"), offload=offload)
     given = Given(format_name=format_name, image_opts=image_opts, objects=objects, force_share=force_share,
                   allowed=allowed, allow_any=allow_any, direct=source_cache in ("none", "directsync"))
-    _share_one_arena()
     try:
         with ending_on_sigterm(), ExitStack() as stack:
             # Every cluster is read once: keeping decompressed ones would only cost memory and time.
             disks = [stack.enter_context(open_image(source, given, warmup="off", decompressed_cache_size=0,
                                                     snapshot=snapshot_name(snapshot)))
                      for source in sources]
+            if compress or any(disk.format == "qcow2" for disk in disks):
+                _share_one_arena()
             if bitmaps:
+                from cowslice.ops.bitmapcopy import check_bitmaps
+
                 check_bitmaps(disks[0], skip_broken=skip_broken)
             if target_image_opts or (target_format == "qcow2" and existing):
                 there = There(target_image_opts, target_is_zero, compress, bitmaps)
@@ -280,6 +281,8 @@ def _share_one_arena() -> None:
     Each thread's own arena would give the memory of every decompressed cluster back to the system and fetch it again: a
     third of the system time of converting a compressed image.
     """
+    import ctypes
+
     tell = getattr(ctypes.CDLL(None), "mallopt", None)
     if tell is not None:
         tell(_M_ARENA_MAX, 1)

@@ -21,6 +21,7 @@ from cowslice.codec import inflate
 from cowslice.codec.compression import Compression, decompress_cluster
 from cowslice.errors import BadOption, CorruptImage, OutOfRange
 from cowslice.image.inflated import InflatedClusters
+from cowslice.processors import cores
 from cowslice.storage.spans import MergedRead, plan_merged_reads
 from cowslice.units import KiB, MiB, div_ceil
 
@@ -373,12 +374,6 @@ def run_together(items: Iterable[Item], work: Callable[[Item], None]) -> None:
 
 
 _callers: deque[None] = deque()  # one item for each caller that is inside run_together; appending is atomic
-
-
-@cache
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from cowslice.errors import BadOption, OutOfRange, ReadOnly, UnsupportedImage
-from cowslice.format.bitmaps import Bitmap
 from cowslice.format.findings import escaped
 from cowslice.format.first_cluster import FirstCluster
-from cowslice.image import bitmaps as stored
-from cowslice.image.bitmaps import find_bitmap, load_bitmaps
 from cowslice.image.layer import Layer
 from cowslice.image.lease import Lease
-from cowslice.image.tracking import Tracking
-from cowslice.image.writes import Writes
+
+if TYPE_CHECKING:
+    from cowslice.format.bitmaps import Bitmap
+    from cowslice.image.tracking import Tracking
+    from cowslice.image.writes import Writes
 
 
 class DiskBitmaps:
@@ -47,6 +47,8 @@ class DiskBitmaps:
             if self._writes is not None and self._writes.tracking is not None:
                 return self._writes.tracking.bitmaps
             if self._listed is None:
+                from cowslice.image.bitmaps import load_bitmaps
+
                 first = self.first_cluster
                 self._listed = load_bitmaps(self.layers[0].storage, first) if first else ()
             return self._listed
@@ -113,8 +115,10 @@ class DiskBitmaps:
         first = self.first_cluster
         if first is None:
             raise BadOption(f"bitmap is '{escaped(name.encode())}', expected none: '{self.path}' is raw")
-        return stored.dirty_extents(self.layers[0].storage, first, find_bitmap(self.bitmaps, name), offset=offset,
-                                    length=length)
+        from cowslice.image.bitmaps import dirty_extents, find_bitmap
+
+        return dirty_extents(self.layers[0].storage, first, find_bitmap(self.bitmaps, name), offset=offset,
+                             length=length)
 
     def _step_by_step(self, found: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         """Each step is a request of its own, so that an unfinished walk does not keep the image open."""

@@ -22,7 +22,7 @@ from cowslice.image.translation cimport Target
 import threading
 
 from cowslice.errors import Closed, OutOfRange, RequestError
-from cowslice.image.compressed import cores
+from cowslice.processors import cores
 
 cdef extern from "<unistd.h>" nogil:
     int usleep(unsigned int)

@@ -19,7 +19,6 @@ from cowslice.format.first_cluster import FirstCluster
 from cowslice.format.geometry import Geometry
 from cowslice.format.header import CryptMethod, Header
 from cowslice.format.snapshots import Snapshot
-from cowslice.image.capture import Capture
 from cowslice.image.chain import fast_path, open_chain
 from cowslice.image.compressed import DecompressedCache
 from cowslice.image.diskbitmaps import DiskBitmaps
@@ -34,14 +33,15 @@ from cowslice.image.qcow2 import Qcow2Layer
 from cowslice.image.reading import read_piece
 from cowslice.image.snapshots import load_snapshots
 from cowslice.image.upkeep import Upkeep
-from cowslice.image.writable import open_writes
-from cowslice.image.writes import Writes, is_zero
 from cowslice.storage.base import Storage
 
 if TYPE_CHECKING:
     from typing import Self, Unpack
 
     from _typeshed import ReadableBuffer, WriteableBuffer
+
+    from cowslice.image.capture import Capture
+    from cowslice.image.writes import Writes
 
 _WRITE, _FLUSH, _DISCARD, _ZERO = range(1, 5)  # kinds of requests in a capture
 MAX_THREADS = 64  # of one read_many; more only wait for each other
@@ -65,7 +65,11 @@ class Image(DiskBitmaps):
         self._lease = Lease(self.path)
         try:
             self._fast = None if options.metadata_only else fast_path(self.layers)
-            self._writes = open_writes(chain, options, self._fast) if options.writable else None
+            self._writes: Writes | None = None
+            if options.writable:
+                from cowslice.image.writable import open_writes  # only here: who reads need not load all that writes
+
+                self._writes = open_writes(chain, options, self._fast)
         except BaseException:
             chain.stack.close()  # now: whoever keeps the error would keep the locks
             raise
@@ -203,7 +207,7 @@ class Image(DiskBitmaps):
         CorruptImage, NoSpace or StorageError; then bytes of the span are old or new, and no others have changed.
         """
         writes, view = self._for_writing(), memoryview(data).cast("B")
-        if self._options.detect_zeroes != "off" and is_zero(view):
+        if self._options.detect_zeroes != "off" and writes.is_zero(view):
             self._check_span(offset, len(view))
             self._note(_WRITE, offset, len(view))
             with self._lease, writes.request():
@@ -230,7 +234,7 @@ class Image(DiskBitmaps):
         assert self._fast is not None
         for number in self._fast.write_many(chosen, length, view, depth) if length else ():
             part = view[number * length : (number + 1) * length]
-            zeros = self._options.detect_zeroes != "off" and is_zero(part)
+            zeros = self._options.detect_zeroes != "off" and writes.is_zero(part)
             with self._lease, writes.request():
                 if zeros:
                     writes.zero(chosen[number], length, keep=self._options.detect_zeroes == "on")
@@ -347,6 +351,8 @@ class Image(DiskBitmaps):
         """
         if self._fast is None:
             raise self._refusal(0)
+        from cowslice.image.capture import Capture
+
         with self._lease:
             capture = Capture(path, self._fast.recorder, size=self.size)
             self._files.callback(capture.close)

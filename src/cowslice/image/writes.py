@@ -74,6 +74,12 @@ class Writes(ABC):
     def resize(self, size: int, *, shrink: bool, preallocation: str) -> None:
         """Give the disk another size. Outside of any request."""
 
+    @staticmethod
+    def is_zero(view: memoryview, zeros: bytes = bytes(65536)) -> bool:
+        """Whether all bytes are zero."""
+        return all(view[at : at + len(zeros)] == zeros[: min(len(zeros), len(view) - at)]
+                   for at in range(0, len(view), len(zeros)))
+
     def _no_snapshots(self) -> UnsupportedImage:
         return UnsupportedImage("a raw file has no snapshots, expected a qcow2 image",
                                 features=("snapshot in a raw file",))
@@ -193,9 +199,3 @@ class RawWrites(Writes):
 
     def flush(self) -> None:
         self.storage.sync()
-
-
-def is_zero(view: memoryview, zeros: bytes = bytes(65536)) -> bool:
-    """Whether all bytes are zero."""
-    return all(view[at : at + len(zeros)] == zeros[: min(len(zeros), len(view) - at)]
-               for at in range(0, len(view), len(zeros)))

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cowslice.errors import BadOption, CowsliceError
-from cowslice.image.compressed import cores
 from cowslice.image.image import Image
 from cowslice.image.layer import fill_zeros
 from cowslice.ops.bytescan import data_runs
@@ -20,6 +19,7 @@ from cowslice.ops.offload import Offload
 from cowslice.ops.pace import Pace, paced
 from cowslice.ops.pump import Pump
 from cowslice.ops.sources import zeros_at
+from cowslice.processors import cores
 from cowslice.units import SECTOR, MiB
 
 # One request: large enough that Python costs nothing beside it, small enough to stay in the processor's caches.

@@ -33,7 +33,7 @@ import struct
 import threading
 
 from cowslice.errors import Closed
-from cowslice.image.compressed import cores
+from cowslice.processors import cores
 
 cdef extern from "<pthread.h>" nogil:
     uint64_t pthread_self()

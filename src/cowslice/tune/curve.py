@@ -6,7 +6,6 @@ touches, as in QEMU, where the lookups of one request within one slice follow ea
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -16,6 +15,7 @@ import numpy as np
 from cowslice.cache.sizes import MIN_ENTRY_SIZE, MIN_L2_ENTRIES
 from cowslice.errors import BadOption, OutOfRange
 from cowslice.format.geometry import Geometry
+from cowslice.processors import cores
 from cowslice.tune.curvestack import Stack
 from cowslice.units import div_ceil
 
@@ -145,7 +145,7 @@ def curves_for(requests: Iterable[Columns], geometries: Sequence[Geometry], *, d
     builders = [_Builder(geometry, disk_size) for geometry in geometries]
     from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for chunk in requests:
             for builder in builders:
                 builder.add(chunk, pool)

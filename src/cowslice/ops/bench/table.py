@@ -24,6 +24,7 @@ from cowslice.ops.bench.engine import Timing, ceiling_rate, engine_timing, make_
 from cowslice.ops.bench.peer import peer_seconds, peer_version
 from cowslice.ops.bench.stride import choose_stride, covered
 from cowslice.ops.layout import LAYOUTS, Layout, write_populated_image
+from cowslice.processors import cores
 from cowslice.units import format_size
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def machine() -> str:
     """What the figures were measured on: processor, cores, memory, kernel."""
     cpu = next((line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return f"{cpu or platform.machine()}, {os.cpu_count()} cores, {format_size(memory)}, Linux {platform.release()}"
+    return f"{cpu or platform.machine()}, {cores()} cores, {format_size(memory)}, Linux {platform.release()}"
 
 
 def default_directory() -> str | None:
