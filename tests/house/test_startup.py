@@ -13,8 +13,8 @@ import pytest
 import cowslice
 from cowslice.ops.layout import write_populated_image
 
-HEAVY = {"aiohttp", "asyncio", "concurrent", "cryptography", "ctypes", "fsspec", "http", "matplotlib", "multiprocessing",
-         "numpy", "rich", "s3fs", "ssl", "tempfile"}
+HEAVY = {"aiohttp", "asyncio", "concurrent", "cryptography", "ctypes", "fsspec", "http", "matplotlib",
+         "multiprocessing", "numpy", "rich", "s3fs", "ssl", "tempfile"}
 
 # What each verb does with a plain image, and the heavy libraries that it may load for that.
 PLAIN = {
