@@ -7,9 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cowslice.format.geometry import Geometry
 from cowslice.testing.stackmodel import LruTwin, touched_slices
-from cowslice.tune.curve import misses_of, sampling_error
+from cowslice.tune.advise import curves_with
+from cowslice.tune.curve import misses_of, sampling_error, slice_curves
 from cowslice.tune.curvestack import Stack
+from cowslice.tune.requests import Requests
 
 SPAN_BITS = 22
 SPAN = 1 << SPAN_BITS
@@ -54,6 +57,21 @@ def test_misses_are_those_of_a_plain_lru_at_every_size(asked):
     stack = fed(Stack(SPAN_BITS, slices=PLACES), spans)
     for room in range(PLACES + 2):
         assert misses_at(stack, room) == plain_misses(spans, room)
+
+
+@given(requests, st.sampled_from([(14, False), (18, False), (20, False), (16, True)]))
+def test_a_curve_told_for_other_clusters_is_the_one_that_they_would_have(asked, other):
+    other, size = Geometry(*other), 2 * PLACES * SPAN
+    chunk = Requests(np.zeros(len(asked)), np.array([write for *_, write in asked], np.uint8),
+                     np.array([offset for offset, *_ in asked], np.uint64),
+                     np.array([length for _, length, _ in asked], np.uint64))
+    found = curves_with(slice_curves([chunk], Geometry(16), disk_size=size), other)
+    assert found
+    for entry, exact in slice_curves([chunk], other, disk_size=size).by_entry_bytes.items():
+        if entry in found:
+            told = found[entry]
+            assert (told.entry_bytes, told.slice_span, told.touched) == (entry, exact.slice_span, exact.touched)
+            assert (told.entries.tolist(), told.misses.tolist()) == (exact.entries.tolist(), exact.misses.tolist())
 
 
 @given(requests)

@@ -6,13 +6,14 @@ reaches `ENOUGH` of the best rate by the same forecast, and no smaller candidate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
 
-from cowslice.cache.sizes import CacheSizes
+from cowslice.cache.sizes import MIN_ENTRY_SIZE, CacheSizes, plan_cache_sizes
+from cowslice.format.geometry import Geometry
 from cowslice.tune.calibrate import Calibration
 from cowslice.tune.curve import Curve, Curves
 from cowslice.tune.curvepacked import PackedCurve, PackedMap
@@ -28,6 +29,8 @@ CLIFF_SPAN = 1.15
 LEAST_LOOP = 4  # entries; every curve is steep where it begins
 FEW_REQUESTS = 1000
 STILL_NEW = 0.1  # of the parts of the disk first touched in the last quarter of the trace
+OTHER_CLUSTERS = (-2, 2, 4)  # bits that other clusters are longer: a quarter, four and sixteen times the size
+CLUSTER_BITS, EXTENDED_BITS = (12, 21), (14, 21)  # that people choose, and that subclusters leave to be chosen
 FRAGMENTED = 4  # times what the map would take written in order, and at least LEAST
 
 Engine = Literal["qemu", "cowslice"]
@@ -84,6 +87,15 @@ class Compaction:
     then: int
 
 
+@dataclass(frozen=True, slots=True)
+class OtherClusters:
+    """What QEMU would need for as much with other clusters, and to hold the whole map of the same disk."""
+
+    geometry: Geometry
+    choice: Choice
+    full_bytes: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Evidence:
     """All that advice rests on: one image, one trace, one storage. `today` is QEMU's setting now."""
@@ -118,6 +130,7 @@ class Advice:
     cliff: Cliff | None
     compaction: Compaction | None
     too_short: str
+    others: tuple[OtherClusters, ...]
 
     @property
     def best_rate(self) -> float:
@@ -127,11 +140,11 @@ class Advice:
 
 def advise(evidence: Evidence) -> Advice:
     """Choose settings for one disk."""
-    at = _Settings(evidence)
+    at = _Settings(evidence, evidence.curves.by_entry_bytes)
     full = evidence.today.full_coverage
-    lines = tuple(at.line(entry, full) for entry in sorted(evidence.curves.by_entry_bytes))
+    lines = at.lines(full)
     ours = at.our_line()
-    best = at.qemu(full, max(evidence.curves.by_entry_bytes))
+    best = at.qemu(full, max(at.curves))
     chosen = _smallest(lines, full, at)
     today = evidence.today
     return Advice(
@@ -140,18 +153,19 @@ def advise(evidence: Evidence) -> Advice:
         ours_full=at.ours(_handy(evidence.packed.packed_bytes)),
         next_megabyte=at.qemu(min(today.l2_cache_size + MiB, full), today.l2_cache_entry_size),
         cliff=_cliff(evidence.curves.by_entry_bytes[chosen.entry_bytes]), compaction=_compaction(evidence.packed),
-        too_short=_too_short(evidence, chosen))  # fmt: skip
+        too_short=_too_short(evidence, chosen), others=_others(evidence))  # fmt: skip
 
 
 class _Settings:
-    """What a setting gives, by the evidence."""
+    """What a setting gives, by the evidence, where the curves of QEMU's entry sizes are these."""
 
-    def __init__(self, evidence: Evidence) -> None:
+    def __init__(self, evidence: Evidence, curves: Mapping[int, Curve]) -> None:
         self.evidence = evidence
+        self.curves = curves
 
     def qemu(self, cache_bytes: int, entry_bytes: int) -> Choice:
         e = self.evidence
-        ratio, misses = self._misses(e.curves.by_entry_bytes[entry_bytes], cache_bytes)
+        ratio, misses = self._misses(self.curves[entry_bytes], cache_bytes)
         forecast = forecast_qemu(e.calibration.qemu, e.load, misses=misses, entry_bytes=entry_bytes,
                                  entries=cache_bytes // entry_bytes)
         return Choice("qemu", cache_bytes, entry_bytes, ratio, misses, forecast)
@@ -162,9 +176,13 @@ class _Settings:
         forecast = forecast_cowslice(e.calibration.ours, e.load, misses=misses, entry_bytes=e.packed.entry_bytes)
         return Choice("cowslice", cache_bytes, e.packed.entry_bytes, ratio, misses, forecast)
 
-    def line(self, entry: int, full: int) -> Line:
+    def lines(self, full: int) -> tuple[Line, ...]:
+        """QEMU with each entry size, the smallest first."""
+        return tuple(self._line(entry, full) for entry in sorted(self.curves))
+
+    def _line(self, entry: int, full: int) -> Line:
         """QEMU with one entry size, from two entries to all."""
-        curve = self.evidence.curves.by_entry_bytes[entry]
+        curve = self.curves[entry]
         steps = sorted({int(curve.entries_of(0)), *(int(n) for n in curve.entries if n >= 2), -(-full // entry)})
         knee = _first_enough([n * entry for n in steps], lambda size: self.qemu(size, entry))
         sizes = _ladder(2 * entry, max(full, 2 * entry))
@@ -206,10 +224,45 @@ def _smallest(lines: Sequence[Line], full: int, at: _Settings) -> Choice:
     enough = [choice for choice in handy if choice.rate >= ENOUGH * 0.99 * max(other.rate for other in handy)]
     least = min(choice.cache_bytes for choice in enough)
     if least >= full:  # everything is held: then the size of an entry does not matter and QEMU's default is best
-        return at.qemu(full, at.evidence.curves.geometry.cluster_size)
+        return at.qemu(full, max(at.curves))
     # Larger entries fill the cache sooner; smaller ones than a block of the host's file system read no faster.
     return max((choice for choice in enough if choice.cache_bytes == least),
                key=lambda choice: (choice.entry_bytes >= 4 * KiB, choice.rate))
+
+
+def _others(evidence: Evidence) -> tuple[OtherClusters, ...]:
+    """The same requests on the same disk, had it been made with other clusters or with extended entries."""
+    geometry = evidence.curves.geometry
+    bits, extended = geometry.cluster_bits, geometry.extended_l2
+    made = [Geometry(bits + more, extended) for more in OTHER_CLUSTERS] + [Geometry(bits, not extended)]
+    found = (_other(evidence, other) for other in made if _can_be_chosen(other))
+    return tuple(other for other in found if other is not None)
+
+
+def _can_be_chosen(geometry: Geometry) -> bool:
+    least, most = EXTENDED_BITS if geometry.extended_l2 else CLUSTER_BITS
+    return least <= geometry.cluster_bits <= most
+
+
+def _other(evidence: Evidence, geometry: Geometry) -> OtherClusters | None:
+    curves = curves_with(evidence.curves, geometry)
+    if not curves:
+        return None
+    at, full = _Settings(evidence, curves), plan_cache_sizes(evidence.size, geometry, qemu=True).full_coverage
+    return OtherClusters(geometry, _smallest(at.lines(full), full, at), full)
+
+
+def curves_with(curves: Curves, geometry: Geometry) -> dict[int, Curve]:
+    """The curves by what an entry is with another geometry, as far as they are known.
+
+    A slice is the guest bytes that it maps, whatever the entries in it: with larger clusters a smaller one does.
+    """
+    found = {}
+    for curve in curves.by_entry_bytes.values():
+        entry = (curve.slice_span >> geometry.cluster_bits) * geometry.l2_entry_size
+        if MIN_ENTRY_SIZE <= entry <= geometry.cluster_size:
+            found[entry] = replace(curve, entry_bytes=entry)
+    return found
 
 
 def _handy(size: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from cowslice.format.geometry import Geometry
 from cowslice.tune.advise import CLIFF_SPAN, Advice, Choice
 from cowslice.tune.calibrate import as_json as calibration_json
 from cowslice.tune.paste import option_size, pastes
@@ -29,7 +30,8 @@ def sentences(advice: Advice) -> tuple[Sentence, ...]:
     said = [
         Sentence("doubt", _doubt(advice)), Sentence("setting", _setting(advice)), Sentence("today", _today(advice)),
         Sentence("next", _next(advice)), Sentence("full", _full(advice)), Sentence("cliff", _cliff(advice)),
-        Sentence("entry", _entries(advice)), Sentence("cowslice", _ours(advice)), Sentence("map", _map(advice)),
+        Sentence("entry", _entries(advice)), Sentence("clusters", _clusters(advice)),
+        Sentence("cowslice", _ours(advice)), Sentence("map", _map(advice)),
         Sentence("chain", _chain(advice)), Sentence("storage", _storage(advice)),
     ]  # fmt: skip
     return tuple(sentence for sentence in said if sentence.text)
@@ -139,6 +141,20 @@ def _entries(advice: Advice) -> str:
             f"same.")
 
 
+def _clusters(advice: Advice) -> str:
+    """What it would need had it been made otherwise."""
+    told = [f"{format_size(other.choice.cache_bytes)} with {_geometry(other.geometry)}" for other in advice.others]
+    if not told:
+        return ""
+    return (f"Made anew with other clusters, for as good a rate QEMU would need {', '.join(told)}. Larger clusters "
+            "take more space, and first writes to them copy more.")
+
+
+def _geometry(geometry: Geometry) -> str:
+    kind = "extended L2 entries and " if geometry.extended_l2 else ""
+    return f"{kind}{format_size(geometry.cluster_size)} clusters"
+
+
 def _ours(advice: Advice) -> str:
     packed, ours = advice.evidence.packed, advice.ours
     if not packed.raw_bytes:
@@ -201,6 +217,9 @@ def as_json(advice: Advice) -> dict[str, Any]:
         "cliff": None if advice.cliff is None else {
             "entry-size": advice.cliff.entry_bytes, "below": advice.cliff.below, "above": advice.cliff.above,
             "miss-ratio-below": advice.cliff.misses_below, "miss-ratio-above": advice.cliff.misses_above},
+        "other-clusters": [
+            {"cluster-size": other.geometry.cluster_size, "extended-l2": other.geometry.extended_l2,
+             "full-coverage": other.full_bytes, "advised": choice_json(other.choice)} for other in advice.others],
         "storage": calibration_json(e.calibration),
         "curves": [{"engine": line.engine, "entry-size": line.entry_bytes, "knee": line.knee.cache_bytes,
                     "points": [[c.cache_bytes, c.miss_ratio, c.rate] for c in line.choices]} for line in advice.lines],

@@ -60,6 +60,31 @@ def test_lines_never_fall(tmp_path: Path) -> None:
         assert rates[-1] >= ENOUGH * max(rates)
 
 
+@pytest.mark.parametrize("today, bought", [("256k", "Another 768 KiB"), ("1M", ""), ("512k", "Another 512 KiB")])
+def test_the_next_megabyte_is_priced_as_far_as_there_is_map(tmp_path: Path, today: str, bought: str) -> None:
+    advice = advise(gathered(tmp_path, uniform(), l2_cache_size=today))
+    told = topics(advice).get("next", "")
+    assert told.startswith(bought)
+    assert bool(told) is bool(bought)
+    assert advice.next_megabyte.cache_bytes == MiB
+    assert advice.next_megabyte.rate == pytest.approx(advice.best_rate)
+
+
+def test_other_clusters_and_extended_entries_are_told_by_what_they_would_need(tmp_path: Path) -> None:
+    """Uniform reads need the whole map: 8 bytes for each cluster of 8 GiB, 16 with subclusters."""
+    advice = advise(gathered(tmp_path, uniform()))
+    found = {(other.geometry.cluster_size, other.geometry.extended_l2): other for other in advice.others}
+    assert {key: other.full_bytes for key, other in found.items()} == {
+        (16 * KiB, False): 4 * MiB, (256 * KiB, False): 256 * KiB, (MiB, False): MiB, (64 * KiB, True): 2 * MiB}
+    needed = {key: other.choice.cache_bytes for key, other in found.items()}
+    assert needed[16 * KiB, False] > 3 * MiB
+    assert needed[256 * KiB, False] == 256 * KiB
+    assert needed[MiB, False] == 64 * KiB
+    assert needed[64 * KiB, True] > 1.5 * MiB
+    assert "256 KiB with 256 KiB clusters" in topics(advice)["clusters"]
+    assert "with extended L2 entries and 64 KiB clusters" in topics(advice)["clusters"]
+
+
 def test_a_shuffled_image_is_told_what_order_would_give(tmp_path: Path) -> None:
     advice = advise(gathered(tmp_path, uniform(), layout="random"))
     assert advice.compaction is not None
