@@ -7,11 +7,11 @@ from cowslice.cache.dirty cimport DirtyRing
 from cowslice.cache.forms cimport Mapped
 from cowslice.cache.policy cimport Arrival
 from cowslice.cache.slicecache cimport SliceCache
+from cowslice.cache.streams cimport Streams
 
 cdef enum:
     SLICE_BYTES = 4096      # the most that one slice spans on disk
     MOST_AT_ONCE = 512      # slices that one metadata read brings at most: 2 MiB
-    STREAMS = 4             # sequential readers that read-ahead tells apart
 
 # What a lookup came to.
 cdef enum Outcome:
@@ -63,18 +63,14 @@ cdef class Loads:
     cdef uint8_t entry_size         # 8 or 16 bytes
     cdef bint extended
     cdef uint32_t group             # slices that one metadata read brings
-    cdef uint32_t most_groups       # that read-ahead joins
     cdef DirtyRing dirty
     cdef uint64_t stores            # the latest version given to a dirty slice
     cdef uint64_t generation        # counts tables exchanged for others
     cdef uint32_t in_flight         # reads under way
     cdef bint replacing             # the whole L1 table is about to change: begin no read
-    cdef uint64_t stream_next[STREAMS]
-    cdef uint32_t stream_length[STREAMS]
-    cdef uint32_t stream_hand
+    cdef Streams streams
     cdef void aim(self, Load *job, uint64_t first, uint32_t count) noexcept nogil
     cdef void plan_demand(self, Load *job, uint64_t number) noexcept nogil
-    cdef uint32_t find_stream(self, uint64_t first) noexcept nogil
     cdef int load(self, Load *job, Mapped *out) noexcept nogil
     cdef int conclude(self, Load *job, uint64_t size, int outcome) noexcept nogil
     cdef void wait(self) noexcept nogil

@@ -19,6 +19,7 @@ from cowslice.cache.forms cimport OFFSET, Mapped, bswap64, trailing_zeros
 from cowslice.cache.policy cimport AHEAD, DEMANDED, USED, WARMED, Arrival
 from cowslice.cache.pthread cimport pthread_cond_broadcast, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock
 from cowslice.cache.slicecache cimport Counters, SliceCache
+from cowslice.cache.streams cimport most_groups, room_beside, stream_at, within_table
 
 from cowslice.errors import BadOption, CorruptImage, StorageError
 
@@ -29,9 +30,6 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef extern from "<malloc.h>" nogil:
     void *memalign(size_t alignment, size_t size)
-
-cdef enum:
-    AHEAD_BYTES = 65536     # the most that a sequential reader brings at once
 
 
 cdef inline void free_words(Load *job, uint32_t end) noexcept nogil:
@@ -73,7 +71,7 @@ cdef class Loads:
         self.dirty.head.prev = &self.dirty.head
         self.dirty.head.next = &self.dirty.head
         self.take_geometry(cluster_bits, extended_l2, entry_bytes)
-        self.most_groups = <uint32_t> (min(AHEAD_BYTES, cache.budget // 8) // entry_bytes or 1) if readahead else 1
+        self.streams.most_groups = most_groups(cache.budget, entry_bytes, readahead)
         self.slices = self.slices_for(clusters)
         self.l1_entries = <uint64_t> len(l1) // 8
         self.l1 = decode_l1(l1)
@@ -132,39 +130,23 @@ cdef class Loads:
 
     cdef void aim(self, Load *job, uint64_t first, uint32_t count) noexcept nogil:
         """Let the job bring up to `count` slices from `first`, none past the end of their L2 table."""
-        cdef uint64_t per_table = <uint64_t> 1 << (self.table_bits - self.slice_bits)
-        cdef uint64_t left = per_table - (first & (per_table - 1))
-        if self.slices - first < left:
-            left = self.slices - first
         job.first = first
-        job.count = <uint32_t> (count if count < left else left)
+        job.count = <uint32_t> within_table(first, count, <uint64_t> 1 << (self.table_bits - self.slice_bits), self.slices)
         job.table = self.l1[(first << self.slice_bits) >> self.table_bits]
 
     cdef void plan_demand(self, Load *job, uint64_t number) noexcept nogil:
         """One group, or more where the misses of late form a stream: twice as many as the stream got last time."""
         cdef uint64_t first = number - number % self.group
-        cdef uint32_t stream = self.find_stream(first)
-        cdef uint32_t groups = self.stream_length[stream]
+        cdef uint32_t stream = stream_at(&self.streams, first)
+        cdef uint32_t groups = self.streams.length[stream]
         self.cache.counters.misses += 1
         self.aim(job, first, self.group * groups)
-        self.stream_next[stream] = first + job.count
+        self.streams.next[stream] = first + job.count
         job.demanded = <uint32_t> (number - first)
         job.arrival = AHEAD
         job.may_evict = groups > 1
         job.to_store = False
         job.copy = NULL
-
-    cdef uint32_t find_stream(self, uint64_t first) noexcept nogil:
-        """The stream that has just got to `first`, or the place of a new one."""
-        cdef uint32_t i
-        for i in range(STREAMS):
-            if self.stream_next[i] == first and first:
-                self.stream_length[i] = min(self.stream_length[i] * 2, self.most_groups)
-                return i
-        i = self.stream_hand
-        self.stream_hand = (i + 1) % STREAMS
-        self.stream_length[i] = 1
-        return i
 
     # -- loading ----------------------------------------------------------------------------------------------------
 
@@ -181,7 +163,7 @@ cdef class Loads:
         if outcome != FOUND:
             pthread_mutex_unlock(&self.cache.lock)
             return outcome
-        job.room = job.may_evict or self.cache.used_bytes() + SLICE_BYTES // 2 < self.cache.budget
+        job.room = job.may_evict or room_beside(self.cache.used_bytes(), self.cache.budget)
         job.generation = self.generation
         self.in_flight += 1
         pthread_mutex_unlock(&self.cache.lock)

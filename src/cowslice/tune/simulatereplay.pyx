@@ -2,7 +2,7 @@
 """Two caches without content under a stream of accesses: QEMU's array of slices, and our map with its own policy.
 
 It knows spans of guest bytes and sizes of slices, nothing of traces. What must hold: who leaves is decided by
-cache.policy itself, with the sizes that the cache charges.
+cache.policy itself, with the sizes that the cache charges, and what a read brings by cache.streams itself.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -10,13 +10,11 @@ from libc.stdlib cimport calloc, free
 
 from cowslice.cache.directory cimport LEAF_WORDS, Leaf, Slice, charged, inline_word, make_slice
 from cowslice.cache.policy cimport AHEAD, DEMANDED, Clock2QPlus, Lru, Node, Policy
+from cowslice.cache.streams cimport Streams, most_groups, room_beside, stream_at, within_table
 
 from cowslice.errors import BadOption
 
 cdef enum:
-    STREAMS = 4             # as many sequential readers as read-ahead tells apart
-    AHEAD_BYTES = 65536     # the most that it brings at once
-    ROOM = 2048             # bytes that must be free before a neighbour is taken along
     MOST = 65535            # misses of one request that are counted
 
 
@@ -123,10 +121,7 @@ cdef class MapReplay(Replay):
     cdef uint64_t used
     cdef uint64_t group
     cdef uint64_t per_table
-    cdef uint64_t most_groups
-    cdef uint64_t stream_next[STREAMS]
-    cdef uint64_t stream_length[STREAMS]
-    cdef uint32_t stream_hand
+    cdef Streams streams
 
     def __cinit__(self, int span_bits, *, uint64_t budget, str policy, const uint16_t[::1] sizes not None,
                   const uint8_t[::1] mapped not None, uint64_t entry_bytes, uint64_t group, uint64_t per_table,
@@ -138,7 +133,7 @@ cdef class MapReplay(Replay):
         self.budget = budget
         self.group = group
         self.per_table = per_table
-        self.most_groups = (min(<uint64_t> AHEAD_BYTES, budget // 8) // entry_bytes or 1) if readahead else 1
+        self.streams.most_groups = most_groups(budget, entry_bytes, readahead)
         if policy not in ("clock2q+", "lru"):
             raise BadOption(f"policy is '{policy}', expected 'clock2q+' or 'lru'")
         # A replay runs faster than its trace: the policy's sense of time stays out of it.
@@ -167,32 +162,21 @@ cdef class MapReplay(Replay):
 
     cdef void load(self, uint64_t number) noexcept nogil:
         """Bring a slice with its group, more where the misses form a stream; the demanded one last."""
-        cdef uint64_t first = number - number % self.group, groups, end, i
-        cdef uint32_t stream = self.find_stream(first)
+        cdef uint64_t first = number - number % self.group, end, i
+        cdef uint32_t stream = stream_at(&self.streams, first)
+        cdef uint32_t groups = self.streams.length[stream]
         cdef bint evict, room
-        groups = self.stream_length[stream]
-        end = min(min(first + self.group * groups, (first // self.per_table + 1) * self.per_table), self.slices)
-        self.stream_next[stream] = end
+        end = first + within_table(first, self.group * groups, self.per_table, self.slices)
+        self.streams.next[stream] = end
         for i in range(first // LEAF_WORDS, (end - 1) // LEAF_WORDS + 1):
             self.add_leaf(i)
         evict = groups > 1
-        room = evict or self.used_bytes() + ROOM < self.budget
+        room = evict or room_beside(self.used_bytes(), self.budget)
         for i in range(first, end):
             if i != number and not self.present[i] and (room or self.sizes[i] == 0):
                 self.settle(i, evict, False)
         self.settle(number, True, True)
         self.make_room(0)
-
-    cdef uint32_t find_stream(self, uint64_t first) noexcept nogil:
-        cdef uint32_t i
-        for i in range(STREAMS):
-            if self.stream_next[i] == first and first:
-                self.stream_length[i] = min(self.stream_length[i] * 2, self.most_groups)
-                return i
-        i = self.stream_hand
-        self.stream_hand = (i + 1) % STREAMS
-        self.stream_length[i] = 1
-        return i
 
     cdef void add_leaf(self, uint64_t leaf) noexcept nogil:
         """Leaves are never dropped here: a budget that cannot keep the directory is none to choose."""
