@@ -122,11 +122,18 @@ def hold_against_qemu(path, kind, size, cluster_bits, entry_bytes, caches, count
         assert curve.miss_ratio(cache_bytes) == pytest.approx(measured, abs=0.01), (kind, entry_bytes, cache_bytes)
 
 
+@pytest.fixture(scope="module")
+def shuffled(tmp_path_factory):
+    path = tmp_path_factory.mktemp("shuffled") / "disk.qcow2"
+    write_populated_image(path, size=4 * GiB, layout="random")
+    return path
+
+
 @peers.needs("qemu-io")
+@pytest.mark.parametrize("entry_bytes", [512, 4096, 65536])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_curve_forecasts_what_qemu_reads(kind, tmp_path):
-    write_populated_image(tmp_path / "disk.qcow2", size=4 * GiB, layout="random")
-    hold_against_qemu(tmp_path / "disk.qcow2", kind, 4 * GiB, 16, 4096, [150_000], 2000)
+def test_the_curves_forecast_what_qemu_reads(kind, entry_bytes, shuffled):
+    hold_against_qemu(shuffled, kind, 4 * GiB, 16, entry_bytes, [150_000, 400_000], 2000)
 
 
 @pytest.mark.long
