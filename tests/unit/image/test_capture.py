@@ -50,6 +50,18 @@ def test_a_request_longer_than_a_record_can_say_keeps_its_length(tmp_path: Path)
     assert [chunk.length.tolist() for chunk in open_trace(tmp_path / "c")] == [[1 << 39]]
 
 
+def test_a_request_takes_sixteen_bytes(make: Maker, tmp_path: Path) -> None:
+    make("a", CELLS)
+    with cowslice.open(tmp_path / "a") as disk:
+        disk.read(0, K)
+        with disk.capture(tmp_path / "c"):
+            for _ in range(10):
+                disk.read(0, K)
+        disk.read(0, K)
+    header, end = 64, 16
+    assert (tmp_path / "c").stat().st_size == header + 10 * 16 + end
+
+
 def test_a_second_capture_of_a_disk_is_refused(tmp_path: Path) -> None:
     recorder = Recorder()
     with Capture(tmp_path / "c", recorder, size=1), pytest.raises(RequestError, match="under way"):
