@@ -19,7 +19,7 @@ from cowslice.tune.verify import Proof
 from cowslice.tune.wording import duration, headline, pasted, percent, percent_exactly, rate, sentences, verdict
 from cowslice.units import format_size
 
-WIDTH, HEIGHT, LEFT, BOTTOM = 640, 280, 72, 38  # of a chart, in its own units
+WIDTH, HEIGHT, LEFT, BOTTOM = 640, 292, 72, 50  # of a chart, in its own units
 TOP, RIGHT = 22, 24
 NAME_WIDTH = 46  # of the longest entry size where letters are largest
 REGIONS = 96  # of the disk, in the picture of how the map packs
@@ -172,7 +172,7 @@ def _grid(x: Callable[[int], float], ends: tuple[int, int], axis: _Axis, words: 
                      f'x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{words(tick)}</text>')
     powers = range(math.ceil(math.log2(least)), math.floor(math.log2(most)) + 1)
     shown = powers[:: max(1, -(-len(powers) // 5))]
-    return "".join(parts) + "".join(f'<text x="{x(1 << power):.1f}" y="{HEIGHT - 12}" text-anchor="middle">'
+    return "".join(parts) + "".join(f'<text x="{x(1 << power):.1f}" y="{HEIGHT - 14}" text-anchor="middle">'
                                     f'{format_size(1 << power)}</text>' for power in shown)
 
 

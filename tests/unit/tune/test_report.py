@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -114,3 +115,33 @@ def test_a_browser_draws_it_dark_or_light(
         f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={scheme}",
         f"--window-size={width},900", f"--screenshot={picture}", target.as_uri(), timeout=100)
     assert first_pixel(picture.read_bytes()) == ground
+
+
+_MEASURE = """
+const page = document.querySelector("iframe").contentDocument;
+const boxes = [...page.querySelectorAll("svg")].map(chart =>
+  [...chart.querySelectorAll("text:not(.mark):not(.name)")].map(text => text.getBoundingClientRect()));
+const meet = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+const met = boxes.flatMap(here => here.flatMap((a, n) => here.slice(n + 1).filter(b => meet(a, b))));
+const small = boxes.flat().filter(box => box.height < 9);
+document.body.textContent = `wide ${page.documentElement.scrollWidth} met ${met.length} small ${small.length} of ` +
+  boxes.flat().length;
+"""
+
+
+@needs("chromium")
+@pytest.mark.parametrize("width", [360, 1280])
+def test_nothing_is_wider_than_the_screen_and_no_axis_is_illegible(advice: Advice, tmp_path: Path, width: int) -> None:
+    proofs = [Proof("qemu", "half", 128 << 10, 4096, 32, 12_345, 0.98765, 0.98766, 6_477.0, 6_512.0)]
+    told = page([Told(advice, "assumed", proofs), Told(advice)])
+    target = tmp_path / "around.html"
+    target.write_text(f'<body><iframe style="width:{width}px;height:900px;border:0" srcdoc="{escape(told)}"></iframe>'
+                      f"<script>onload = () => {{{_MEASURE}}}</script>")
+    done = run("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--dump-dom",
+               f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000", target.as_uri(), timeout=100)
+    found = re.search(rb"wide (\d+) met (\d+) small (\d+) of (\d+)", done.stdout)
+    assert found is not None
+    wide, met, small, texts = map(int, found.groups())
+    assert wide <= width
+    assert (met, small) == (0, 0)
+    assert texts > 20
