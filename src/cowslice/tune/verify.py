@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cowslice.cache.sizes import MIN_L2_ENTRIES
+from cowslice.errors import BadOption
 from cowslice.image.image import Image
 from cowslice.tune import qemuio
 from cowslice.tune.advise import Advice, Choice, Engine
@@ -63,9 +64,13 @@ def verify(
     """Replay the first MOST_REQUESTS at the advised setting, today's, half of the advised and full coverage.
 
     `opener` opens the top file alone, without warm-up; `key` lets QEMU open it too, if it is encrypted. QEMU is left
-    out where `qemu-io` is not installed. Raises StorageError and what reading the image raises.
+    out where `qemu-io` is not installed. Raises BadOption for requests of which none reads or writes, StorageError, and
+    what reading the image raises.
     """
-    proving = _Proving(advice, _reads(requests), opener, key)
+    reads = _reads(requests)
+    if not len(reads):
+        raise BadOption(f"'{advice.evidence.source}' has nothing to replay, expected requests that read or write")
+    proving = _Proving(advice, reads, opener, key)
     roles = ("advised", "today", "half", "full")
     ours = _distinct(roles, (advice.ours, advice.ours_today, _half(advice.ours), advice.ours_full))
     qemu = _distinct(roles, (advice.qemu, advice.qemu_today, _half(advice.qemu), advice.qemu_full))

@@ -110,6 +110,14 @@ def test_a_replay_that_ends_too_soon_to_be_timed_is_begun_anew(
     assert openings(3600.0) > openings(0.0)
 
 
+def test_a_trace_that_only_discards_cannot_be_replayed(tmp_path: Path) -> None:
+    write_populated_image(tmp_path / "disk.qcow2", size=GiB)
+    (tmp_path / "trace").write_text("fio version 2 iolog\na trim 0 1048576\n" + "a trim 65536 1048576\n" * 9)
+    said = cowslice("tune", "--device", SEED, "--trace", tmp_path / "trace", "--verify", tmp_path / "disk.qcow2")
+    assert (said.status, said.out) == (64, "")
+    assert "nothing to replay" in said.err
+
+
 def test_requests_of_many_lengths_are_timed_each_with_its_own() -> None:
     lengths = np.tile(np.array([512, 4096, 65536], np.uint64), 1000)
     offsets = np.arange(3000, dtype=np.uint64) * np.uint64(65536)
