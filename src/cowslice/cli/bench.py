@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +20,9 @@ from cowslice.cli.options import (
 from cowslice.cli.output import exact_size, say, say_fields, say_json, say_table
 from cowslice.errors import BadOption
 from cowslice.units import format_size, parse_size
+
+if TYPE_CHECKING:
+    from cowslice.ops.bench.image import BenchOptions
 
 EPILOG = """\b
 Examples:
@@ -103,68 +106,48 @@ command.add_command(bench_nbd)
 @chain
 @common
 @click.argument("image")
-def bench_one(
-    image: str,
-    format_name: str | None,
-    output: str,
-    count: int,
-    depth: int,
-    length: str,
-    step: str,
-    offset: str,
-    cache_mode: str,
-    write: bool,
-    pattern: int,
-    flush_interval: int,
-    no_drain: bool,
-    at_random: bool,
-    seed: int,
-    l2_cache_size: str | None,
-    l2_cache_entry_size: str | None,
-    warmup: str,
-    allowed: tuple[str, ...],
-    allow_any: bool,
-    image_opts: bool,
-    objects: tuple[str, ...],
-    force_share: bool,
-    quiet: bool,
-) -> int:
+def bench_one(image: str, output: str, write: bool, force_share: bool, quiet: bool, **given: Any) -> int:
     """Read IMAGE COUNT times, or write to it, and say how long that took."""
     if write and force_share:
         raise click.UsageError("-U does not go with -w, which needs the image alone")
-    from cowslice.ops.bench.image import BenchOptions, bench_image
+    from cowslice.ops.bench.image import bench_image
 
-    wanted = BenchOptions(
-        count=count,
-        depth=depth,
-        length=parse_size(length, "-s"),
-        step=parse_size(step, "-S"),
-        offset=parse_size(offset, "-o"),
-        random=at_random,
-        seed=seed,
-        write=write,
-        pattern=pattern,
-        flush_interval=flush_interval,
-        drain=not no_drain,
-    )
-    given = Given(
-        format_name=format_name,
-        image_opts=image_opts,
-        objects=objects,
+    options = _requests(write, given)
+    named = Given(
+        format_name=given["format_name"],
+        image_opts=given["image_opts"],
+        objects=given["objects"],
         force_share=force_share,
-        allowed=allowed,
-        allow_any=allow_any,
-        direct=cache_mode in ("none", "directsync"),
+        allowed=given["allowed"],
+        allow_any=given["allow_any"],
+        direct=given["cache_mode"] in ("none", "directsync"),
     )
-    sizes = {"l2_cache_size": l2_cache_size, "l2_cache_entry_size": l2_cache_entry_size}
-    chosen = {name: size for name, size in sizes.items() if size is not None}
-    with open_image(image, given, writable=write, warmup=warmup, **chosen) as disk:
-        if warmup == "full":
+    sizes = {name: given[name] for name in ("l2_cache_size", "l2_cache_entry_size") if given[name] is not None}
+    with open_image(image, named, writable=write, warmup=given["warmup"], **sizes) as disk:
+        if given["warmup"] == "full":
             disk.wait_warm()
-        result = bench_image(disk, wanted)
+        result = bench_image(disk, options)
     if not quiet:
         _say_result(result, output, "writes/s" if write else "reads/s")
     return exitcodes.OK
+
+
+def _requests(write: bool, given: dict[str, Any]) -> BenchOptions:
+    from cowslice.ops.bench.image import BenchOptions
+
+    return BenchOptions(
+        count=given["count"],
+        depth=given["depth"],
+        length=parse_size(given["length"], "-s"),
+        step=parse_size(given["step"], "-S"),
+        offset=parse_size(given["offset"], "-o"),
+        random=given["at_random"],
+        seed=given["seed"],
+        write=write,
+        pattern=given["pattern"],
+        flush_interval=given["flush_interval"],
+        drain=not given["no_drain"],
+    )
 
 
 def _say_result(result: Any, output: str, unit: str) -> None:
