@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     Offsets = NDArray[np.int64]
 
 SECONDS = 0.25  # of each measurement by us; there are five, and QEMU's take about as long
+ROUNDS = 3  # of each measurement, of which the best counts
 SMALL, LARGE = 4 * KiB, 64 * KiB
 BATCH_BYTES = 64 * MiB  # memory that one batch of reads may fill
 _QEMU_READS = 2000  # of each measurement by QEMU: on a disk of 10 ms, depth 1 then takes 20 s
-_QEMU_ROUNDS, _QEMU_SECONDS = 3, 0.5  # the quickest of so many counts, and none is begun after so long
+_QEMU_SECONDS = 0.5  # after which no further round is begun
 _MISS_WORK = 1.4  # times packing: finding room, evicting and showing a slice come with it
 _MOST_PATIENCE = 4.0  # seconds of reads that a slow disk is asked for, by what we measured before
 _WORDS = {"read4k": "read_4k", "read64k": "read_64k", "rate4k": "rate_4k", "rate64k": "rate_64k"}
@@ -179,7 +180,15 @@ def _opened(name: str) -> tuple[Image, bool]:
 
 
 def rate_of(disk: Image, places: Offsets, *, length: int, depth: int, seconds: float) -> float:
-    """Reads of these places per second, over and over for at least so many seconds."""
+    """Reads of these places per second, for at least so many seconds: the best of ROUNDS parts of that time.
+
+    What else the machine does makes them slower, never faster; and the first may load libraries.
+    """
+    return max(_rate(disk, places, length=length, depth=depth, seconds=seconds / ROUNDS) for _ in range(ROUNDS))
+
+
+def _rate(disk: Image, places: Offsets, *, length: int, depth: int, seconds: float) -> float:
+    """Reads per second, over and over."""
     places = np.minimum(places, max(0, (disk.size - length) // SMALL * SMALL))
     length = min(length, disk.size)
     batch, most = 4 * depth, max(depth, min(1 << 14, BATCH_BYTES // length))
@@ -205,7 +214,7 @@ def _our_cpu(seconds: float) -> float:
         os.truncate(handle, 64 * MiB)
         places = np.arange(0, 64 * MiB, SMALL, dtype=np.int64)
         with open_image(f"/proc/self/fd/{handle}", format="raw", force_share=True, warmup="off") as disk:
-            return 1 / rate_of(disk, places, length=SMALL, depth=DEPTH, seconds=seconds / 4)
+            return 1 / rate_of(disk, places, length=SMALL, depth=DEPTH, seconds=seconds / 2)
     finally:
         os.close(handle)
 
@@ -247,7 +256,7 @@ def quickest(target: str, spans: list[tuple[int, int]], depth: int, *, key: qemu
     """Seconds of a read by QEMU. What else the machine does makes it slower, never quicker."""
     patience = time.monotonic() + _QEMU_SECONDS
     best = qemuio.replay(target, spans, depth=depth, key=key).rate
-    for _ in range(1, _QEMU_ROUNDS):
+    for _ in range(1, ROUNDS):
         if time.monotonic() < patience:
             best = max(best, qemuio.replay(target, spans, depth=depth, key=key).rate)
     return 1 / best

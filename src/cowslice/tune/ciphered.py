@@ -43,7 +43,8 @@ def deciphering(calibration: Calibration, disk: Image, key: qemuio.Key | None, *
     places = _places(disk)
     if key is None or calibration.given or not len(places):
         return calibration
-    ours = _with_cipher(calibration.ours, *(_our_seconds(disk, places, length, seconds) for length in (SMALL, LARGE)))
+    ours = _with_cipher(calibration.ours, *(
+        1 / rate_of(disk, places, length=length, depth=DEPTH, seconds=seconds) for length in (SMALL, LARGE)))
     path = local_path(disk.path)
     if path is None or not qemuio.version():
         return replace(calibration, ours=ours)
@@ -54,11 +55,6 @@ def deciphering(calibration: Calibration, disk: Image, key: qemuio.Key | None, *
     qemu = _with_cipher(calibration.qemu, *(
         quickest(target, [(offset, length) for offset in offsets], DEPTH, key=key) for length in (SMALL, LARGE)))
     return replace(calibration, ours=ours, qemu=qemu)
-
-
-def _our_seconds(disk: Image, places: NDArray[np.int64], length: int, seconds: float) -> float:
-    """Of a read by us, the better of two measurements: the first may load libraries."""
-    return 1 / max(rate_of(disk, places, length=length, depth=DEPTH, seconds=seconds / 2) for _ in range(2))
 
 
 def _with_cipher(device: Device, small: float, large: float) -> Device:
