@@ -90,7 +90,9 @@ class Zeroing:
         writer = self.writer
         writer.commits.check()
         if self._raw_data:
-            writer.layer.data.zero(offset, min(end, writer.layer.size) - offset)
+            data = writer.layer.data
+            blank = data.punch if punch and self.rules.punch and not keep else data.zero
+            blank(offset, min(end, writer.layer.size) - offset)
             if writer.layer.cipher is None:
                 return  # zeros that are deciphered are none: then the entries must say so
         while offset < end:

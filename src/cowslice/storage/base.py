@@ -74,6 +74,10 @@ class Storage(ABC):
         if offset + length > has:
             Storage.zero(self, max(offset, has), offset + length - max(offset, has))
 
+    def punch(self, offset: int, length: int) -> None:
+        """Make every byte of the span zero, as `zero` does, and give its space back where possible."""
+        self.zero(offset, length)
+
     def discard(self, offset: int, length: int) -> None:
         """Give the space of the span back where possible: its content is then unknown, the length stays."""
         if not self.writable:

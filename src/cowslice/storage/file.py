@@ -147,6 +147,12 @@ class FileStorage(Storage):
         if length and not self._zeroed_by_kernel(offset, length):
             super().zero(offset, length)
 
+    def punch(self, offset: int, length: int) -> None:
+        self._check_writable("write to")
+        check_span(offset, length)
+        if length and (self._device or not self._punched(offset, length)):
+            self.zero(offset, length)
+
     def allocate(self, offset: int, length: int) -> None:
         self._check_writable("write to")
         check_span(offset, length)
@@ -207,8 +213,9 @@ class FileStorage(Storage):
             raise StorageError.of(error, "close", self.name) from error
 
     def _zeroed_by_kernel(self, offset: int, length: int) -> bool:
-        if self._fallocate(ZERO_RANGE, offset, length, "write to"):
-            return True
+        return self._fallocate(ZERO_RANGE, offset, length, "write to") or self._punched(offset, length)
+
+    def _punched(self, offset: int, length: int) -> bool:
         if not self._fallocate(PUNCH_HOLE | KEEP_SIZE, offset, length, "write to"):
             return False
         if offset + length > self.length():

@@ -277,6 +277,13 @@ class WritableStorageContract(StorageContract):
         assert storage.length() == 100 + (3 << 20)
         assert storage.read(0, 3 << 20) == CONTENT[:100] + bytes((3 << 20) - 100)
 
+    def test_a_punched_span_reads_as_zeros(self, storage: Storage) -> None:
+        storage.punch(5000, 100_000)
+        storage.punch(_LENGTH - 10, 5000)
+        assert storage.length() == _LENGTH + 4990
+        assert storage.read(0, 110_000) == CONTENT[:5000] + bytes(100_000) + CONTENT[105_000:110_000]
+        assert storage.read(_LENGTH - 10, 5000) == bytes(5000)
+
     def test_a_discard_leaves_length_and_neighbours_alone(self, storage: Storage) -> None:
         storage.discard(5000, 100_000)
         storage.discard(250_000, 1 << 40)

@@ -71,3 +71,21 @@ def test_no_room_for_any_one_write_breaks_nothing(name: str) -> None:
     while not attempt(ACTS[name], room):
         room += 1
     assert room > 3
+
+
+class Undiscardable(WrappedStorage):
+    """Cannot give space back."""
+
+    def discard(self, offset: int, length: int) -> None:
+        raise cowslice.StorageError("no space is given back")
+
+
+def test_a_snapshot_is_deleted_although_its_space_cannot_be_given_back() -> None:
+    storage = Undiscardable(MemoryStorage())
+    cowslice.create(storage, 200 * KiB, format="qcow2", cluster_size=512)
+    with cowslice.open(storage, "r+", format="qcow2", warmup="off") as disk:
+        disk.write(0, b"a" * KiB)
+        disk.snapshot("kept")
+        disk.write(0, b"b" * KiB)
+        disk.delete_snapshot("kept")
+        assert not disk.snapshots

@@ -195,6 +195,15 @@ class TestSpace:
         assert (storage.allocated() or 0) <= 128 * KiB + 16 * KiB
         assert storage.read(64 * KiB, 128 * KiB) == bytes(128 * KiB)
 
+    def test_a_punched_span_takes_no_space_and_is_zeros_where_it_cannot_be_given_back(
+        self, storage: FileStorage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        storage.punch(64 * KiB, 128 * KiB)
+        assert (storage.allocated() or 0) <= 128 * KiB + 16 * KiB
+        monkeypatch.setattr(posix, "_fallocate_call", lambda: lambda *_: errno.EOPNOTSUPP)
+        storage.punch(0, 64 * KiB)
+        assert storage.read(0, 192 * KiB) == bytes(192 * KiB)
+
     def test_zeroing_writes_no_zeros(self, storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "pwrite", _failing(errno.EIO))
         storage.zero(1, 255 * KiB)
