@@ -194,6 +194,41 @@ def convert(bench: Bench) -> Iterator[Figure]:
         os.unlink(target)
 
 
+def convert_to_qcow2(bench: Bench) -> Iterator[Figure]:
+    raw, target = bench.content(), str(bench.folder / "converted.qcow2")
+    kinds = {"plain": [], "deflate": ["-c"], "zstd": ["-c", "-o", "compression_type=zstd"]}
+    for kind, options in kinds.items():
+        words = ["convert", "-O", "qcow2", *options, raw, target]
+        yield against(f"convert to qcow2, {kind}", bench, [*COWSLICE, *words], ["qemu-img", *words])
+        os.unlink(target)
+
+
+def snapshot(bench: Bench) -> Iterator[Figure]:
+    """A snapshot taken and deleted: by two commands, and what of that is left in one process that runs already."""
+    path = bench.image("sequential")
+
+    def commands(program: list[str]) -> Callable[[], float]:
+        return lambda: 1 / sum(seconds_of([*program, "snapshot", flag, "bench", path]) for flag in ("-c", "-d"))
+
+    def in_process() -> float:
+        began = time.perf_counter()
+        with cowslice.open(path, "r+", warmup="off") as disk:
+            disk.snapshot("bench")
+            disk.delete_snapshot("bench")
+        return 1 / (time.perf_counter() - began)
+
+    yield ratio(
+        "snapshot taken and deleted, two commands", bench, commands(COWSLICE), commands(["qemu-img"]), "times as fast"
+    )
+    yield ratio(
+        "snapshot taken and deleted, in process against two commands",
+        bench,
+        in_process,
+        commands(["qemu-img"]),
+        "times as fast",
+    )
+
+
 def info(bench: Bench) -> Iterator[Figure]:
     seconds = statistics.median(seconds_of([*COWSLICE, "info", bench.image("random")]) for _ in range(bench.rounds + 1))
     yield Figure("info, whole process, shuffled image", seconds * 1000, "ms")
@@ -216,7 +251,8 @@ def curves(bench: Bench) -> Iterator[Figure]:
     requests = 40 * bench.reads  # ten million, unless tiny
     for size in (bench.size, 25 * bench.size):
         done = subprocess.run(
-            [sys.executable, "-c", _CURVES, str(size), str(requests)], check=True, capture_output=True, text=True)
+            [sys.executable, "-c", _CURVES, str(size), str(requests)], check=True, capture_output=True, text=True
+        )
         seconds, peak = map(float, done.stdout.split())
         told = f"curves of {requests / 1e6:.1f} M requests, {size / GiB:,.0f} GiB"
         yield Figure(told, seconds, "s")
@@ -252,7 +288,19 @@ def ratio(name: str, bench: Bench, ours: Callable[[], float], peer: Callable[[],
 
 FIGURES = {
     f.__name__: f
-    for f in (resident_map, hit_rate, reads_after_warmup, python_loop, process_memory, check, convert, info, curves)
+    for f in (
+        resident_map,
+        hit_rate,
+        reads_after_warmup,
+        python_loop,
+        process_memory,
+        check,
+        convert,
+        convert_to_qcow2,
+        snapshot,
+        info,
+        curves,
+    )
 }
 
 
