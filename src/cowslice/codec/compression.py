@@ -12,7 +12,7 @@ from enum import IntEnum
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from cowslice.codec import inflate
+from cowslice.codec import inflate, unzstd
 from cowslice.errors import BadOption, CorruptImage, UnsupportedImage
 
 if TYPE_CHECKING:
@@ -89,6 +89,12 @@ def _inflate(payload: ReadableBuffer, cluster_size: int) -> bytes:
 
 
 def _unzstd(payload: ReadableBuffer, cluster_size: int) -> bytes:
+    """Decode one frame with the system's library, where that is here; what it refuses, frame after frame."""
+    data = unzstd.decompressed(payload, cluster_size)
+    return _frames(payload, cluster_size) if data is None else data
+
+
+def _frames(payload: ReadableBuffer, cluster_size: int) -> bytes:
     """Decode frame after frame until the cluster is full."""
     zstd = _zstd()
     rest = memoryview(payload)

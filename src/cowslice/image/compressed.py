@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
-from cowslice.codec import inflate
+from cowslice.codec import inflate, unzstd
 from cowslice.codec.compression import Compression, decompress_cluster
 from cowslice.errors import BadOption, CorruptImage, OutOfRange
 from cowslice.image.inflated import InflatedClusters
@@ -200,9 +200,11 @@ class CompressedClusters:
     ) -> None:
         self._storage = storage
         self._kind = kind
+        self.zstd = kind == Compression.ZSTD
         self._cluster_size = cluster_size
         self._cache = DecompressedCache() if shared is None else shared
-        compiled = kind == Compression.DEFLATE and storage.fileno() >= 0 and inflate.available()
+        compiled = storage.fileno() >= 0 and (
+            unzstd.available() if self.zstd else kind == Compression.DEFLATE and inflate.available())
         self.inflated = self._cache.inflated if compiled else None
         self.layer = self._cache.new_layer(compiled=compiled)
 
@@ -248,7 +250,8 @@ class CompressedClusters:
 
         def inflate_part(part: Part) -> None:
             if not inflated.read_part(self._storage.fileno(), self._storage.alignment, self.layer, self._cluster_size,
-                                      part.host_offset, part.length, part.skip, part.target):
+                                      part.host_offset, part.length, part.skip, part.target,
+                                      zstd=self.zstd):
                 refused.append(part)
 
         run_together(parts, inflate_part)

@@ -11,6 +11,7 @@ cdef struct Stream:
     uint64_t host
     uint64_t stored         # bytes from `host` in which the stream ends
     uint64_t size           # bytes of the cluster
+    bint zstd               # else deflate
 
 # A cluster that is inflated, or on its way.
 cdef struct Kept:
@@ -28,7 +29,8 @@ cdef struct Kept:
 cdef struct Desk:
     uint8_t *stream
     uint64_t room
-    void *state
+    void *inflating
+    void *unzstd
     Desk *next
 
 cdef class InflatedClusters:

@@ -15,6 +15,7 @@ from cowslice.cache.pthread cimport (
     pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_wait, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock)
 from cowslice.codec.inflate cimport end_inflating, inflate_whole
+from cowslice.codec.unzstd cimport end_unzstd, unzstd_whole
 from cowslice.image.hostread cimport File, manner_of, read_host
 
 cdef enum:
@@ -58,7 +59,7 @@ cdef class InflatedClusters:
         pthread_cond_destroy(&self.landing)
 
     def read_part(self, int descriptor, uint32_t alignment, uint32_t layer, uint64_t size, uint64_t host, uint64_t stored,
-                  uint64_t skip, target):
+                  uint64_t skip, target, *, bint zstd=False):
         """Fill `target` with the bytes from `skip` of a cluster of `size` bytes; False where image.compressed must."""
         cdef Py_buffer view
         cdef File file
@@ -71,6 +72,7 @@ cdef class InflatedClusters:
         stream.host = host
         stream.stored = stored
         stream.size = size
+        stream.zstd = zstd
         PyObject_GetBuffer(target, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
         try:
             with nogil:
@@ -109,7 +111,8 @@ cdef class InflatedClusters:
             while self.desks != NULL:
                 desk = self.desks
                 self.desks = desk.next
-                end_inflating(&desk.state)
+                end_inflating(&desk.inflating)
+                end_unzstd(&desk.unzstd)
                 free(desk.stream)
                 free(desk)
             pthread_mutex_unlock(&self.lock)
@@ -182,7 +185,9 @@ cdef class InflatedClusters:
             return False
         if not read_host(file, desk.stream, stream.stored, stream.host):
             return False
-        return inflate_whole(&desk.state, desk.stream, stream.stored, kept.bytes, stream.size)
+        if stream.zstd:
+            return unzstd_whole(&desk.unzstd, desk.stream, stream.stored, kept.bytes, stream.size)
+        return inflate_whole(&desk.inflating, desk.stream, stream.stored, kept.bytes, stream.size)
 
     # -- what is kept; all of it with the lock held ------------------------------------------------------------------
 

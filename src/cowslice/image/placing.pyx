@@ -58,6 +58,7 @@ cdef class Placing(Translation):
         stream.host = target.host
         stream.stored = target.stored
         stream.size = <uint64_t> 1 << target.layer.cluster_bits
+        stream.zstd = target.layer.zstd
         return (<InflatedClusters> target.layer.inflated).read(&target.layer.file, &stream, target.skip, buffer, length)
 
     cdef uint64_t read_span(self, uint64_t offset, uint8_t *buffer, uint64_t length) noexcept nogil:

@@ -122,7 +122,7 @@ class Qcow2Layer(Layer):
             self.slices, size=self.size, data=self.data if self._has_data else None,
             cluster_bits=self.geometry.cluster_bits, extended_l2=self.geometry.extended_l2, version=self._version,
             data_file=self._data_file, opaque=self._encrypted, inflated=self.compressed.inflated,
-            number=self.compressed.layer)
+            number=self.compressed.layer, zstd=self.compressed.zstd)
 
     def adopt(self, first: FirstCluster) -> None:
         """Take over a first cluster that is on disk now; only a writer changes it."""

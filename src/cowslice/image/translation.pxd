@@ -19,6 +19,7 @@ cdef struct PlainLayer:
     bint opaque             # its clusters cannot be read as they are (encrypted)
     void *inflated          # its compressed clusters, or NULL where only Python can read them; Translation keeps them alive
     uint32_t number         # of the layer, among those that share `inflated`
+    bint zstd               # its compressed clusters are zstd frames, else deflate streams
 
 # Where the bytes from one guest offset are, and for how long that holds.
 cdef struct Target:

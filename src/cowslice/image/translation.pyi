@@ -19,5 +19,6 @@ class Translation:
         opaque: bool,
         inflated: InflatedClusters | None = None,
         number: int = 0,
+        zstd: bool = False,
     ) -> None: ...
     def add_raw(self, *, size: int, data: Storage) -> None: ...

@@ -60,10 +60,11 @@ cdef class Translation:
         self.in_memory &= layer.file.manner == IN_MEMORY
 
     def add_qcow2(self, SliceMap slices not None, *, uint64_t size, data, int cluster_bits, bint extended_l2, int version,
-                  bint data_file, bint opaque, InflatedClusters inflated=None, uint32_t number=0):
+                  bint data_file, bint opaque, InflatedClusters inflated=None, uint32_t number=0, bint zstd=False):
         """Add a qcow2 layer of `size` guest bytes whose normal clusters lie in the storage `data`, or None.
 
-        Compressed clusters, of the layer `number` of `inflated`, are read here if that is given and there is no data file.
+        Compressed clusters, of the layer `number` of `inflated`, are read here if that is given and there is no data file;
+        they are deflate streams, or `zstd`.
         """
         cdef PlainLayer *layer = self.grow()
         layer.map = <void *> slices
@@ -75,6 +76,7 @@ cdef class Translation:
         layer.data_file = data_file
         layer.opaque = opaque
         layer.number = number
+        layer.zstd = zstd
         if inflated is not None and not data_file and layer.file.fd >= 0:
             self.inflating.append(inflated)
             layer.inflated = <void *> inflated

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from cowslice.codec import inflate
+from cowslice.codec import inflate, unzstd
 from cowslice.codec.compression import Compression, compress_cluster
 from cowslice.image.inflated import InflatedClusters
 
-pytestmark = pytest.mark.skipif(not inflate.available(), reason="libdeflate is not here")
+pytestmark = pytest.mark.skipif(not (inflate.available() and unzstd.available()),
+                                reason="libdeflate or libzstd is not here")
 SIZE = 4096
 COUNT = 200
 
@@ -31,11 +32,12 @@ CLUSTERS = [content(number) for number in range(COUNT)]
 class Streams:
     """A file of streams back to back; `read` asks for a part of one."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: Compression) -> None:
+        self.zstd = kind is Compression.ZSTD
         blob = bytearray(b"\xff" * 100)
         self.spans: list[tuple[int, int]] = []
         for cluster in CLUSTERS:
-            payload = compress_cluster(Compression.DEFLATE, cluster)
+            payload = compress_cluster(kind, cluster)
             assert payload is not None
             self.spans.append((len(blob), len(payload) + 300))
             blob += payload
@@ -46,13 +48,13 @@ class Streams:
              layer: int = 0) -> bytes | None:
         out = bytearray(length)
         host, stored = self.spans[number]
-        done = cache.read_part(self.descriptor, 1, layer, SIZE, host, stored, skip, memoryview(out))
+        done = cache.read_part(self.descriptor, 1, layer, SIZE, host, stored, skip, memoryview(out), zstd=self.zstd)
         return bytes(out) if done else None
 
 
-@pytest.fixture
-def streams(tmp_path: Path) -> Iterator[Streams]:
-    made = Streams(tmp_path / "streams")
+@pytest.fixture(params=Compression, ids=lambda kind: kind.name.lower())
+def streams(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Streams]:
+    made = Streams(tmp_path / "streams", request.param)
     yield made
     os.close(made.descriptor)
 
