@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from cowslice.cache.slicemap import SliceCache, SliceMap
 from cowslice.errors import BadOption, CowsliceError, MalformedImage, ReferenceRefused, UnsupportedImage
 from cowslice.format.header import Autoclear
-from cowslice.image.compressed import CompressedClusters, DecompressedCache
+from cowslice.image.compressed import CompressedClusters
+from cowslice.image.decompressed import DecompressedCache
 from cowslice.image.fastpath import FastPath
 from cowslice.image.gate import Role, pass_gate, resolve, root_of, shown
 from cowslice.image.keys import open_cipher

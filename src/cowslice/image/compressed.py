@@ -1,4 +1,4 @@
-"""Compressed clusters: read in neighbourly batches, decompressed on all cores, kept decompressed for a while.
+"""Compressed clusters: read in neighbourly batches, decompressed on all cores.
 
 It does not know guest offsets: a cluster is named by where its stream begins in a storage and how long it can be.
 No lock is held while anything is read or decompressed, a cluster wanted by many threads is decompressed once, and a
@@ -8,10 +8,8 @@ failure is told to those who waited for it and then forgotten.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
-import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +17,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from cowslice.codec import inflate, unzstd
 from cowslice.codec.compression import Compression, decompress_cluster
-from cowslice.errors import BadOption, CorruptImage, OutOfRange
+from cowslice.errors import CorruptImage, OutOfRange
+from cowslice.image.decompressed import DecompressedCache, Flight, Key
 from cowslice.image.inflated import InflatedClusters
 from cowslice.processors import cores
 from cowslice.storage.spans import MergedRead, plan_merged_reads
@@ -30,14 +29,11 @@ if TYPE_CHECKING:
 
     from cowslice.storage.base import Storage
 
-# 128 clusters of 64 KiB: a few sequential readers, or the hot spot of a random one.
-DEFAULT_BUDGET = 8 * MiB
 # A batch is one read and then some 100 us of decompression for each stream of it: smaller than this, threads cost more
 # than they give; larger, one batch would keep the others waiting.
 LEAST_BATCH = 64 * KiB
 MOST_BATCH = MiB
 
-Key = tuple[int, int, int]
 Item = TypeVar("Item")
 Deliver = Callable[[int, bytes], None]
 
@@ -53,139 +49,6 @@ class Part:
     length: int
     skip: int
     target: memoryview
-
-
-@dataclass(frozen=True, slots=True)
-class CompressedStatistics:
-    """What a cache did so far. `used` and `budget` are bytes; `read_bytes` were compressed, in `reads` reads."""
-
-    hits: int
-    misses: int
-    joined: int
-    evictions: int
-    reads: int
-    read_bytes: int
-    used: int
-    budget: int
-
-
-class _Flight:
-    """One cluster on its way. `data` is set only if somebody else waits, so that a large request holds no clusters.
-
-    Neither `data` nor `error` after `landed` means that its thread gave up: try again.
-    """
-
-    __slots__ = ("awaited", "data", "error", "keep", "key", "landed", "number")
-
-    def __init__(self, key: Key, number: int, keep: bool) -> None:
-        self.key = key
-        self.number = number
-        self.keep = keep
-        self.awaited = False
-        self.data: bytes | None = None
-        self.error: Exception | None = None
-        self.landed = threading.Event()
-
-
-class DecompressedCache:
-    """Decompressed clusters of all layers of one chain: at most `budget` bytes, the least recently used goes first.
-
-    With a budget of 0 nothing is kept, but threads still share what is under way. The layers that compiled code can
-    inflate keep theirs in `inflated`; where there are both kinds, each has half of the budget.
-    """
-
-    def __init__(self, budget: int = DEFAULT_BUDGET) -> None:
-        if budget < 0:
-            raise BadOption(f"the budget for decompressed clusters is {budget}, expected zero or more bytes")
-        self._budget = budget
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[Key, bytes] = OrderedDict()
-        self._flights: dict[Key, _Flight] = {}
-        self._layers = itertools.count()
-        self._used = 0
-        self._share = budget
-        self._kinds: set[bool] = set()  # of layers: whether they are inflated in compiled code
-        self.inflated = InflatedClusters(0)
-        self._hits = self._misses = self._joined = self._evictions = 0
-        self._reads = self._read_bytes = 0
-
-    def statistics(self) -> CompressedStatistics:
-        """Return the counters as they are now."""
-        with self._lock:
-            own = {"hits": self._hits, "misses": self._misses, "joined": self._joined, "evictions": self._evictions,
-                   "reads": self._reads, "read_bytes": self._read_bytes, "used": self._used}
-        compiled = self.inflated.counters()
-        return CompressedStatistics(**{name: own[name] + compiled[name] for name in own}, budget=self._budget)
-
-    def trim(self) -> int:
-        """Give all memory back; return how many bytes."""
-        with self._lock:
-            freed, self._used = self._used, 0
-            self._kept.clear()
-        return freed + self.inflated.trim()
-
-    def new_layer(self, *, compiled: bool) -> int:
-        """A number that tells the clusters of one layer from those of others. Call it for all before the first read."""
-        self._kinds.add(compiled)
-        compiled_share = self._budget // len(self._kinds) if True in self._kinds else 0
-        self._share = self._budget - compiled_share
-        self.inflated.limit(compiled_share)
-        return next(self._layers)
-
-    def look(self, key: Key) -> bytes | None:
-        """The cluster, if it is kept."""
-        with self._lock:
-            data = self._kept.get(key)
-            if data is not None:
-                self._hits += 1
-                self._kept.move_to_end(key)
-            return data
-
-    def claim(self, key: Key, number: int, keep: bool) -> tuple[bytes | None, _Flight, bool]:
-        """The kept cluster; else its flight, and whether the caller is the one who must land it."""
-        with self._lock:
-            flight = self._flights.get(key)
-            data = self._kept.get(key)
-            if data is not None:
-                self._hits += 1
-                self._kept.move_to_end(key)
-                return data, _NO_FLIGHT, False
-            if flight is not None:
-                self._joined += 1
-                flight.keep = flight.keep or keep
-                flight.awaited = True
-                return None, flight, False
-            self._misses += 1
-            flight = self._flights[key] = _Flight(key, number, keep)
-            return None, flight, True
-
-    def land(self, flight: _Flight, data: bytes | None, error: Exception | None = None) -> None:
-        """End a flight: with its cluster, with an error, or with neither."""
-        with self._lock:
-            if self._flights.get(flight.key) is flight:
-                del self._flights[flight.key]
-            flight.error = error
-            flight.data = data if flight.awaited else None
-            if data is not None and flight.keep and len(data) <= self._share:
-                self._keep(flight.key, data)
-        flight.landed.set()
-
-    def count_read(self, length: int) -> None:
-        """Note one read of compressed bytes."""
-        with self._lock:
-            self._reads += 1
-            self._read_bytes += length
-
-    def _keep(self, key: Key, data: bytes) -> None:
-        self._kept[key] = data
-        self._used += len(data)
-        while self._used > self._share:
-            _, gone = self._kept.popitem(last=False)
-            self._used -= len(gone)
-            self._evictions += 1
-
-
-_NO_FLIGHT = _Flight((-1, 0, 0), -1, False)
 
 
 class CompressedClusters:
@@ -262,8 +125,8 @@ class CompressedClusters:
 
         Nobody waits before all of his own flights have landed, so nobody waits in a circle.
         """
-        own: list[_Flight] = []
-        others: list[tuple[int, _Flight]] = []
+        own: list[Flight] = []
+        others: list[tuple[int, Flight]] = []
         try:
             for number, (offset, length) in enumerate(spans):
                 _check(offset, length)
@@ -285,7 +148,7 @@ class CompressedClusters:
         for number, flight in others:
             self._join(flight, number, deliver, keep)
 
-    def _join(self, flight: _Flight, number: int, deliver: Deliver, keep: bool) -> None:
+    def _join(self, flight: Flight, number: int, deliver: Deliver, keep: bool) -> None:
         flight.landed.wait()
         if flight.error is not None:
             raise flight.error
@@ -294,7 +157,7 @@ class CompressedClusters:
         else:
             deliver(number, self.clusters([flight.key[1:]], keep=keep)[0])
 
-    def _load(self, flights: Sequence[_Flight], deliver: Deliver) -> None:
+    def _load(self, flights: Sequence[Flight], deliver: Deliver) -> None:
         """Land all flights. Batches are spread over the cores; what is near in the storage is read together."""
         spans = [flight.key[1:] for flight in flights]
         fair = div_ceil(sum(length for _, length in spans), cores())
@@ -302,7 +165,7 @@ class CompressedClusters:
         batches = plan_merged_reads(spans, gap=gap, most=max(min(max(fair, LEAST_BATCH), MOST_BATCH), gap))
         run_together(batches, lambda batch: self._load_batch(batch, flights, deliver))
 
-    def _load_batch(self, batch: MergedRead, flights: Sequence[_Flight], deliver: Deliver) -> None:
+    def _load_batch(self, batch: MergedRead, flights: Sequence[Flight], deliver: Deliver) -> None:
         members = [flights[member] for member in batch.members]
         buffer = bytearray(batch.length)
         try:
@@ -316,7 +179,7 @@ class CompressedClusters:
             at = flight.key[1] - batch.offset
             self._land(flight, view[at : at + flight.key[2]], deliver)
 
-    def _load_apart(self, members: Sequence[_Flight], error: Exception, deliver: Deliver) -> None:
+    def _load_apart(self, members: Sequence[Flight], error: Exception, deliver: Deliver) -> None:
         """After a failed read of several streams: the fault of one must not fail its neighbours."""
         if len(members) == 1:
             self._cache.land(members[0], None, error)
@@ -325,7 +188,7 @@ class CompressedClusters:
             _, offset, length = flight.key
             self._load_batch(MergedRead(offset, length, (0,)), [flight], deliver)
 
-    def _land(self, flight: _Flight, payload: memoryview, deliver: Deliver) -> None:
+    def _land(self, flight: Flight, payload: memoryview, deliver: Deliver) -> None:
         try:
             data = decompress_cluster(self._kind, payload, self._cluster_size)
             deliver(flight.number, data)

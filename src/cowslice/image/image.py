@@ -20,7 +20,7 @@ from cowslice.format.geometry import Geometry
 from cowslice.format.header import CryptMethod, Header
 from cowslice.format.snapshots import Snapshot
 from cowslice.image.chain import fast_path, open_chain
-from cowslice.image.compressed import DecompressedCache
+from cowslice.image.decompressed import DecompressedCache
 from cowslice.image.diskbitmaps import DiskBitmaps
 from cowslice.image.fastpath import FastPath
 from cowslice.image.file import ImageFile

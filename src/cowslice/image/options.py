@@ -14,7 +14,7 @@ from typing import TypedDict
 from cowslice.cache.sizes import DEFAULT_L2_CACHE_SIZE, PARTIAL_ENTRY_SIZE, Size, plan_cache_sizes
 from cowslice.errors import BadOption
 from cowslice.format.geometry import Geometry
-from cowslice.image.compressed import DEFAULT_BUDGET
+from cowslice.image.decompressed import DEFAULT_BUDGET
 from cowslice.image.gate import FolderGate, Gate
 from cowslice.storage.base import Storage
 from cowslice.units import KiB, parse_size

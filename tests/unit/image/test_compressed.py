@@ -15,7 +15,8 @@ import cowslice
 from cowslice.codec.compression import Compression, compress_cluster
 from cowslice.errors import BadOption, CorruptImage, OutOfRange, StorageError, UnsupportedImage
 from cowslice.image import compressed
-from cowslice.image.compressed import CompressedClusters, DecompressedCache, Part
+from cowslice.image.compressed import CompressedClusters, Part
+from cowslice.image.decompressed import DecompressedCache
 from cowslice.storage.memory import MemoryStorage
 from cowslice.testing import peers
 
