@@ -31,6 +31,7 @@ from cowslice.storage.file import FileStorage
 PAGE = Path(__file__).parents[3] / "docs" / "repair.md"
 KiB, MiB = 1 << 10, 1 << 20
 FAR = 1 << 40  # beyond the end of any image here
+UNUSED = 200  # an entry of the refcount table that counts nothing
 OWN, SHARED, PACKED = 0, 1, 128  # guest clusters: of the disk alone, also of the snapshot, compressed
 
 
@@ -154,11 +155,11 @@ def cut_directory(damaging: Damaging) -> None:
 
 
 def twice_named_block(damaging: Damaging) -> None:
-    damaging.put(damaging.reftable + 8, damaging.get(damaging.reftable))
+    damaging.put(damaging.reftable + 8 * UNUSED, damaging.get(damaging.reftable))
 
 
 def far_block(damaging: Damaging) -> None:
-    damaging.put(damaging.reftable + 8, FAR)
+    damaging.put(damaging.reftable + 8 * UNUSED, FAR)
 
 
 def lost_block(damaging: Damaging) -> None:
@@ -175,9 +176,9 @@ ROWS = (
     Row("clusters in use have no refcount block", r"the refcount is 0", "refused", "rebuilt", lost_block),
     Row("an entry of the refcount table has reserved bits, or is not aligned", r"refcount table entry 0 is .*reserved",
         "refused", "rebuilt", lambda d: d.put(d.reftable, d.get(d.reftable) | 1)),
-    Row("an entry of the refcount table points behind the file", r"refcount table entry 1 is .*beyond the end", "left",
-        "rebuilt", far_block),
-    Row("a refcount block has another reference", r"refcount block 1 has 2 references, expected 1", "refused",
+    Row("an entry of the refcount table points behind the file", r"refcount table entry 200 is .*beyond the end",
+        "left", "rebuilt", far_block),
+    Row("a refcount block has another reference", r"refcount block 200 has 2 references, expected 1", "refused",
         "rebuilt", twice_named_block),
     Row("the copied flag of an L1 entry does not fit the refcount", r"L1 entry 0 of active: the copied flag is clear",
         "repaired", "repaired", lambda d: d.put(d.l1, d.get(d.l1) ^ COPIED)),
