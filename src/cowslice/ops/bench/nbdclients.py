@@ -33,12 +33,19 @@ def has_nbdcopy() -> bool:
 
 def fio_rate(served: Served, *, depth: int, seconds: float, seed: int) -> float:
     """Random 4 KiB reads per second by fio's own NBD engine. Each seed reads other places."""
-    done = _run(
-        "fio", "--name=cowslice", "--ioengine=nbd", f"--uri={served.uri}", "--rw=randread", "--bs=4k",
-        f"--iodepth={depth}", "--time_based", f"--runtime={max(round(seconds * 1000), 1)}ms", "--randrepeat=0",
-        f"--randseed={seed + 1}", "--output-format=json",
-    )  # fmt: skip
-    return float(json.loads(done[done.index("{") :])["jobs"][0]["read"]["iops"])
+    runtime = f"--runtime={max(round(seconds * 1000), 1)}ms"
+    return _fio(served, "read", depth, "--time_based", runtime, "--randrepeat=0", f"--randseed={seed + 1}")
+
+
+def fio_write_rate(served: Served, *, depth: int, count: int) -> float:
+    """Random 4 KiB writes per second, `count` of them to places of their own, which are the same at each call."""
+    return _fio(served, "write", depth, f"--number_ios={count}")
+
+
+def _fio(served: Served, what: str, depth: int, *more: str) -> float:
+    done = _run("fio", "--name=cowslice", "--ioengine=nbd", f"--uri={served.uri}", f"--rw=rand{what}", "--bs=4k",
+                f"--iodepth={depth}", *more, "--output-format=json")  # fmt: skip
+    return float(json.loads(done[done.index("{") :])["jobs"][0][what]["iops"])
 
 
 def load_rate(served: Served, *, depth: int, seconds: float, seed: int) -> tuple[float, float]:

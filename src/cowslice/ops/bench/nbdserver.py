@@ -27,7 +27,7 @@ _END_PATIENCE = 10.0
 _OURS = (sys.executable, "-m", "cowslice.cli.main", "serve", "-q")
 _NOTHING = (sys.executable, "-m", "cowslice.ops.bench.nbdceiling")
 _QEMU = ("qemu-nbd",)
-_WORDS = ("-t", "-r", "-e", str(CLIENTS), "--cache", "writeback")
+_WORDS = ("-t", "-e", str(CLIENTS), "--cache", "writeback")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +55,16 @@ def raw_options(path: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def our_server(words: Sequence[str]) -> Iterator[Served]:
+def our_server(words: Sequence[str], *, writable: bool = False) -> Iterator[Served]:
     """`cowslice serve`."""
-    with _serving((*_OURS, *_WORDS), words) as served:
+    with _serving((*_OURS, *_WORDS, "--writable" if writable else "-r"), words) as served:
         yield served
 
 
 @contextmanager
-def peer_server(words: Sequence[str], aio: str) -> Iterator[Served]:
-    """`qemu-nbd`, reading in the given way."""
-    with _serving((*_QEMU, *_WORDS, "--aio", aio), words) as served:
+def peer_server(words: Sequence[str], aio: str, *, writable: bool = False) -> Iterator[Served]:
+    """`qemu-nbd`, with the given way of I/O."""
+    with _serving((*_QEMU, *_WORDS, *(() if writable else ("-r",)), "--aio", aio), words) as served:
         yield served
 
 

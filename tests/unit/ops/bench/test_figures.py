@@ -13,5 +13,8 @@ FIGURES = Path(__file__).parents[4] / "bench" / "figures.py"
 def test_every_figure_runs() -> None:
     ran = subprocess.run([sys.executable, FIGURES, "--tiny"], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    names = ("resident map", "hit rate", "metadata read", "Python loop", "process memory", "check", "convert", "info")
+    names = (
+        "resident map", "hit rate", "metadata read", "Python loop", "process memory", "check", "convert", "snapshot",
+        "info", "curves", "random 4 KiB", "sequential 1 MiB", "check -r all",
+    )  # fmt: skip
     assert all(any(line.startswith(name) for line in ran.stdout.splitlines()) for name in names)
