@@ -126,6 +126,57 @@ def test_a_supply_that_is_left_over_leaks_nothing_and_keeps_the_file_small(tmp_p
     assert files.image.stat().st_size < 30 * 4096
 
 
+def grow(disk: cowslice.Image, act: str) -> None:
+    """Take host clusters by another way than the compiled one."""
+    if act == "compressed":
+        disk.write_compressed(65536, bytes(range(256)) * 16)
+    elif act == "table":
+        disk.write(disk.size - 4096, b"t" * 4096)
+    elif act == "snapshot":
+        disk.snapshot("kept")
+    else:
+        disk.resize(disk.size << 7)
+
+
+@pytest.mark.parametrize("act", ["compressed", "table", "snapshot", "resize"])
+def test_what_is_taken_after_a_compiled_write_leaves_no_gap_in_the_file(act: str, tmp_path: Path) -> None:
+    files = make_files(Shape(4096, guest_bytes=8 << 20), tmp_path)
+    with files.open() as disk:
+        for at in range(3):
+            disk.write(at << 12, b"a" * 4096)
+        grow(disk, act)
+        disk.write(5 << 12, b"a" * 4096)
+    used = peers.qemu_img_json("check", files.image)["image-end-offset"]
+    assert files.image.stat().st_size <= used <= 24 * 4096
+
+
+def test_the_file_is_as_long_as_the_one_that_qemu_leaves(tmp_path: Path) -> None:
+    """QEMU puts clusters where they were asked for one after the other; so a file cannot be shorter."""
+    files = make_files(Shape(4096, guest_bytes=1 << 20), tmp_path)
+    shutil.copy(files.image, tmp_path / "theirs")
+    with files.open() as disk:
+        disk.write(0, b"a" * 4096)
+        disk.write_compressed(65536, bytes(range(256)) * 16)
+        disk.write(8192, b"b" * 4096)
+    peers.qemu_io(tmp_path / "theirs", "write 0 4096", "write -c 65536 4096", "write 8192 4096")
+    assert files.image.stat().st_size <= (tmp_path / "theirs").stat().st_size
+
+
+def test_plain_allocation_takes_from_the_supply_and_knows_what_is_fresh(tmp_path: Path) -> None:
+    storage = FileStorage(make_files(Shape(4096), tmp_path).image, "r+")
+    with cowslice.open(storage, "r+", format="qcow2", warmup="off") as disk:
+        disk.write(0, b"a" * 4096)
+        writer = disk._writes.writer  # type: ignore[union-attr]
+        allocator = writer.tables.allocator
+        with writer.tables.lock:
+            first = allocator.fresh_from
+            assert allocator.take(1) == (first, 1)
+            assert allocator.take_run(2) == first + 1
+            assert allocator.fresh_from == first + 3
+            assert allocator.supply
+            allocator.give_back(first, 3)
+
+
 def test_a_fresh_cluster_stays_sparse_after_each_flush(tmp_path: Path) -> None:
     files = make_files(Shape(guest_bytes=8 << 20), tmp_path)
     with files.open() as disk:

@@ -24,8 +24,9 @@ from cowslice.units import round_up
 class Allocator:
     """Clusters of one image, from its free space, counted and checked against its fences.
 
-    Clusters from `fresh_from` on were never in the file nor given out: they read as zeros. `supply` is what compiled
-    writers take from without asking; it is withdrawn before counts are copied, and where room is short.
+    Clusters from `fresh_from` on were never in the file nor written: they read as zeros. `supply` is what compiled
+    writers take from without asking; it is withdrawn before counts are copied, and where room is short. What is taken
+    here never lies behind it at the end of the file, which so grows no longer than its use.
     """
 
     def __init__(self, refcounts: Refcounts, space: FreeSpace, fences: Fences, geometry: Geometry,
@@ -37,8 +38,13 @@ class Allocator:
         self._storage = storage
         self._geometry = geometry
         self._bits = geometry.cluster_bits
-        self.fresh_from = round_up(storage.length(), 1 << self._bits) >> self._bits
+        self._unused_from = round_up(storage.length(), 1 << self._bits) >> self._bits
         self._packing = -1  # byte offset behind the last compressed stream, -1 or a cluster's start: pack no more
+
+    @property
+    def fresh_from(self) -> int:
+        """The first of the clusters that were never used, as far as that is known."""
+        return self.supply.fresh_from(self._unused_from)
 
     @property
     def used_end(self) -> int:
@@ -60,13 +66,7 @@ class Allocator:
 
     def take_run(self, count: int) -> int:
         """Take exactly `count` clusters that follow each other; returns the first. Raises as `take` does."""
-        try:
-            start = self._take_whole(count)
-        except NoSpace:
-            if not self.withdraw():
-                raise
-            start = self._take_whole(count)
-        return self._claimed(start, count, MAX_HOST_OFFSET + 1)[0]
+        return self._claimed(self._take_whole(count), count, MAX_HOST_OFFSET + 1)[0]
 
     def stock(self, count: int) -> None:
         """Fill the supply with up to `count` clusters, unless some are left in it. Raises as `take` does."""
@@ -80,8 +80,8 @@ class Allocator:
         (start, count, fresh), runs = self.supply.withdraw()
         if count:
             runs.append((start, count))
-            if fresh and self.fresh_from == start + count:
-                self.fresh_from = start
+            if fresh and self._unused_from == start + count:
+                self._unused_from = start
         for run in runs:
             try:
                 self.give_back(*run)
@@ -147,16 +147,26 @@ class Allocator:
         return self._storage.length()
 
     def _take(self, count: int, near: int) -> Run:
-        """Up to `count` clusters out of the free space."""
+        """Up to `count` clusters: of the supply if right behind `near`, of a hole, of the supply, of the end."""
         space = self.space
-        if near + 1 == space.end or space.only_end:
-            return self._take_end(1, count)
-        start, got = space.take_hole(count, near=near)
+        start, got = self.supply.draw(count, near + 1) if near >= 0 else (-1, 0)
+        if not got and not space.only_end and near + 1 != space.end:
+            start, got = space.take_hole(count, near=near)
+        if not got:
+            start, got = self.supply.draw(count)
         return (start, got) if got else self._take_end(1, count)
 
     def _take_whole(self, count: int) -> int:
-        start, got = self.space.take_hole(count, whole=True) if not self.space.only_end else (-1, 0)
+        """`count` clusters that follow each other: of a hole, of the supply, or of the end without a supply there."""
+        start, got = self._take_hole_of(count)
+        if not got:
+            start, got = self.supply.draw(count, whole=True)
+        if not got and self.withdraw():
+            start, got = self._take_hole_of(count)
         return start if got else self._take_end(count, count)[0]
+
+    def _take_hole_of(self, count: int) -> Run:
+        return (-1, 0) if self.space.only_end else self.space.take_hole(count, whole=True)
 
     def _share(self, cluster: int, taken: int) -> None:
         """Let a stream begin in a cluster that others share; `taken` is the one that it goes on in, or -1."""
@@ -170,7 +180,7 @@ class Allocator:
     def _claimed(self, start: int, count: int, below: int) -> Run:
         """Count clusters that were taken from the free space; those that must not be used are put back."""
         self.refcounts.claim(start, count)
-        self.fresh_from = max(self.fresh_from, start + count)
+        self._unused_from = max(self._unused_from, start + count)
         end = start + count << self._bits
         found = self._fences.hit(start << self._bits, end - (start << self._bits))
         if found is None and start and end <= below:

@@ -118,7 +118,7 @@ class Refcounts:
         return refbulk.counts_of(self.blocks, clusters)
 
     def claim(self, start: int, count: int) -> None:
-        """Let clusters that are known to be free count 1 from now on. Does no I/O."""
+        """Let clusters that are known to be free, or counted ahead, count 1 from now on. Does no I/O."""
         claimed = self._claimed
         if claimed and claimed[-1][1] == start:
             claimed[-1][1] = start + count

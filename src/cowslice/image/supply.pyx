@@ -78,6 +78,28 @@ cdef class Supply:
         if not fine:
             raise InternalError(f"{count} clusters from {start} on were stocked while others were left")
 
+    def draw(self, uint64_t count, at=None, *, bint whole=False):
+        """Take up to `count` clusters, as (first, clusters); `whole`: all or none. None unless they begin `at`."""
+        cdef uint64_t start = 0 if at is None else at, got = 0
+        cdef bint anywhere = at is None
+        pthread_mutex_lock(&self.lock)
+        if anywhere or start == self.first:
+            start, got = self.first, min(count, self.end - self.first)
+            if whole and got < count:
+                got = 0
+            self.first += got
+        pthread_mutex_unlock(&self.lock)
+        return start, got
+
+    def fresh_from(self, uint64_t end):
+        """The first cluster that is left of a run which reads as zeros and ends at `end`; `end` for no such run."""
+        cdef uint64_t first = end
+        pthread_mutex_lock(&self.lock)
+        if self.fresh and self.end == end:
+            first = self.first
+        pthread_mutex_unlock(&self.lock)
+        return first
+
     def put_back(self, uint64_t start, uint64_t count):
         """Keep clusters for the next `withdraw`."""
         self.give_back(start, count)
