@@ -232,3 +232,35 @@ def test_an_image_that_cannot_be_opened_for_a_fault_is_as_it_was(kind: Kind) -> 
             disk.write(0, b"q" * 512)
         storage.heal()
         judge_file("open", storage.inner, done=False)
+
+
+def has_happened(name: str, disk: cowslice.Image) -> bool:
+    """Whether the disk is that of "kept", which an apply makes it, or "other" is gone."""
+    if name == "apply":
+        return content(disk) == outcome("apply")
+    return b"other" not in [one.name for one in disk.snapshots]
+
+
+@pytest.mark.parametrize("operation,code", [("pwrite", errno.ENOSPC), ("zero", errno.ENOSPC), ("pread", errno.EIO)])
+@pytest.mark.parametrize("name", ["delete", "apply"])
+def test_a_snapshot_operation_fails_exactly_when_nothing_has_changed(
+    name: str, operation: Operation, code: int
+) -> None:
+    """Whatever cannot be freed once the header says so: it is no error then, and closing gives it back."""
+    for skip in range(10_000):
+        storage = FaultyStorage(MemoryStorage(begun(), name="image"))
+        with opened(storage) as disk:
+            storage.add(Fault(operation, skip=skip, code=code))
+            try:
+                ACTS[name](disk)
+                failed = False
+            except StorageError:
+                failed = True
+            fired = storage.met > skip
+            storage.heal()
+            assert has_happened(name, disk) is not failed
+        found = check(storage.inner)
+        assert not [one.message for one in found.findings if one.kind == "corruption"]
+        assert operation == "pread" or not found.leaks
+        if not fired:
+            return

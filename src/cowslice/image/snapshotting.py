@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import time
 from array import array
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from cowslice.errors import BadOption, UnsupportedImage
+from cowslice.errors import BadOption, StorageError, UnsupportedImage
 from cowslice.format.limits import MAX_SNAPSHOTS
 from cowslice.format.snapshots import MIN_EXTRA_V3, Snapshot, encode_snapshot_extra, encode_snapshot_table
 from cowslice.format.words import pack_words, unpack_words
@@ -69,7 +69,9 @@ class Snapshotting:
     def delete(self, id_or_name: str) -> None:
         """Forget the snapshot of this name, or else of this id; what only it needs is free then.
 
-        Raises BadOption where there is none such, MalformedImage, CorruptImage, NoSpace, StorageError.
+        Raises BadOption where there is none such, MalformedImage, CorruptImage, NoSpace, StorageError; then it is still
+        there, unless the image takes no more writes. What cannot be freed once it is gone is left to later commits, to
+        closing, or to a repair of leaks.
         """
         self._check_supported()
         with alone(self.writer) as roots, ExitStack() as undo:
@@ -82,11 +84,12 @@ class Snapshotting:
             roots.commit()
             self._uneven = True
             self._switch_table(roots, before, table, len(before) - 1, undo)
-            roots.lower_tree(tree)
-            roots.forget(gone.l1_offset, gone.l1_size * 8)
-            roots.commit()
-            roots.set_copied(tree)
-            self._uneven = False
+            with self._done():
+                roots.lower_tree(tree)
+                roots.forget(gone.l1_offset, gone.l1_size * 8)
+                roots.commit()
+                roots.set_copied(tree)
+                self._uneven = False
 
     def apply(self, id_or_name: str) -> None:
         """Let the disk be again what the snapshot with this id, or else of this name, holds; its size too.
@@ -118,9 +121,10 @@ class Snapshotting:
             roots.switch(undo, l1_table_offset=at, l1_size=len(content) // 8, size=size)
             roots.show(words, size)
             self.writer.resized(size)
-            roots.lower_tree(former)
-            roots.forget(header.l1_table_offset, header.l1_size * 8)
-            roots.commit()
+            with self._done():
+                roots.lower_tree(former)
+                roots.forget(header.l1_table_offset, header.l1_size * 8)
+                roots.commit()
 
     def complete(self) -> None:
         """Let each record say the size of its VM state and of its disk, as version 3 demands. It is stable then.
@@ -166,7 +170,18 @@ class Snapshotting:
         """Let the header name another table; that of `before` is free then."""
         old = self.layer.first.header.snapshots_offset
         roots.switch(undo, snapshots_offset=offset, snapshot_count=count)
-        roots.forget(old, sum(one.encoded_length for one in before))
+        with self._done():
+            roots.forget(old, sum(one.encoded_length for one in before))
+
+    @contextmanager
+    def _done(self) -> Iterator[None]:
+        """What follows a header that is switched, stably: it cannot fail the operation, only leave counts too high on
+        disk and COPIED off, which costs space and copies. Raises where the image takes no more writes (I9)."""
+        try:
+            yield
+        except StorageError:
+            if self.writer.commits.fault is not None:
+                raise
 
     def _words_of(self, snapshot: Snapshot) -> array[int]:
         """Its whole L1 table, with the VM state behind the end of the disk."""

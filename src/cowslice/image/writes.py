@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 
 from cowslice.errors import BadOption, OutOfRange, UnsupportedImage
 from cowslice.format.snapshots import Snapshot
@@ -147,11 +147,10 @@ class Qcow2Writes(Writes):
     def finish(self) -> None:
         if not self._finished:
             self._finished = True
-            self.snapshotting.finish()
-            try:
-                self._bitmaps.store()
-            finally:
-                self.writer.commits.finish()
+            with ExitStack() as steps:  # each, whatever happens to the others
+                steps.callback(self.writer.commits.finish)
+                steps.callback(self._bitmaps.store)
+                steps.callback(self.snapshotting.finish)
 
 
 class RawWrites(Writes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -41,18 +42,16 @@ def attempt(act: Callable[[cowslice.Image], object], room: int) -> bool:
     """Act with so much room, then go on with enough; whether the room sufficed."""
     memory = MemoryStorage()
     cowslice.create(memory, 200 * KiB, format="qcow2", cluster_size=512)
-    storage, enough = Filling(memory), True
+    storage = Filling(memory)
     disk = cowslice.open(storage, "r+", format="qcow2", warmup="off")
     disk.write(0, b"a" * (100 * KiB))
     disk.snapshot("kept")
     disk.write(0, b"b" * (60 * KiB))
     disk.flush()
     storage.room = room
-    try:
+    with suppress(cowslice.NoSpace):
         act(disk)
-    except cowslice.NoSpace:
-        enough = False
-    storage.room = None
+    enough, storage.room = storage.room >= 0, None
     assert len(disk.read(0, disk.size)) == disk.size
     try:
         disk.write(0, b"c" * (30 * KiB))
