@@ -10,6 +10,7 @@ import pytest
 
 import cowslice
 from cowslice.image.plan import Planner
+from cowslice.image.punching import Cause
 from cowslice.image.tables import Tables
 from cowslice.ops.check import check
 from cowslice.storage import MemoryStorage, Storage
@@ -85,7 +86,7 @@ def test_i2_an_entry_exposes_only_bytes_that_are_stable(tmp_path: Path, lie: tup
 def test_i3_a_count_falls_after_the_last_reference_is_gone(
     files: Files, early: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def drop(self: Tables, host: int, *, punch: bool = False, count: int = 1) -> None:
+    def drop(self: Tables, host: int, *, cause: Cause = Cause.OTHER, count: int = 1) -> None:
         self.allocator.lower([(host // SMALL.cluster_size, count)])
 
     if early:

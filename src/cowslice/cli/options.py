@@ -163,8 +163,8 @@ def open_options(named: Named, given: Given, **more: Any) -> OpenOptions:
 _SIZES = ("cache-size", "l2-cache-size", "refcount-cache-size", "l2-cache-entry-size")
 _DISCARDS = {"on": "unmap", "off": "ignore"}  # what QEMU calls the same
 # Options of qemu's qcow2 driver that are accepted, because what a disk holds does not depend on them.
-_WITHOUT_EFFECT = ("lazy-refcounts", "pass-discard-request", "pass-discard-snapshot", "pass-discard-other",
-                   "overlap-check", "read-only", "auto-read-only", "node-name", "cache.no-flush")
+_WITHOUT_EFFECT = ("lazy-refcounts", "overlap-check", "read-only", "auto-read-only", "node-name", "cache.no-flush")
+_SWITCHES = ("force-share", "discard-no-unref", "pass-discard-request", "pass-discard-snapshot", "pass-discard-other")
 
 
 def _taken_options(options: dict[str, str], given: Given) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def _taken_options(options: dict[str, str], given: Given) -> dict[str, Any]:
             fields[key.replace("-", "_")] = value
         elif key == "cache-clean-interval":
             fields["cache_clean_interval"] = _whole_number(value, key)
-        elif key in ("force-share", "discard-no-unref"):
+        elif key in _SWITCHES:
             fields[key.replace("-", "_")] = _switch(value, key)
         elif key == "discard":
             fields["discard"] = _DISCARDS.get(value, value)

@@ -234,7 +234,7 @@ class Commits:
         except CowsliceError as error:
             self.fault = self.fault or error
             return []
-        return [Drop(start, count, drop.punch, drop.table) for start, count in runs]
+        return [Drop(start, count, drop.cause, drop.table) for start, count in runs]
 
     def release(self) -> None:
         """Let clusters be used again that no request can know any more. The tables' lock is held."""
@@ -249,7 +249,7 @@ class Commits:
         start, length = drop.start << bits, drop.count << bits
         if drop.table:
             tables.fences.remove(start, length)
-        if drop.punch:
+        if tables.punching.covers(drop.cause):
             with suppress(StorageError):  # then it only takes space
                 tables.layer.storage.discard(start, length)
         tables.allocator.free([(drop.start, drop.count)])

@@ -7,6 +7,7 @@ commit (I3). Snapshots keep what they share.
 from __future__ import annotations
 
 from cowslice.format.entries import L1_OFFSET_MASK
+from cowslice.image.punching import Cause
 from cowslice.image.writing import Writer
 
 CLUSTERS_AT_ONCE = 1024  # under one hold of the lock
@@ -40,4 +41,4 @@ def _vacate_some(writer: Writer, first: int, end: int) -> None:
         for blank in blanks:
             if blank.dropped is not None:
                 host, length = blank.dropped
-                tables.drop(host, count=length >> bits, punch=True)
+                tables.drop(host, count=length >> bits, cause=Cause.SNAPSHOT)

@@ -15,6 +15,7 @@ from cowslice.format.header import CryptMethod
 from cowslice.format.limits import MAX_L1_ENTRIES
 from cowslice.format.words import pack_words
 from cowslice.image.filling import provide_space
+from cowslice.image.punching import Cause
 from cowslice.image.roots import Roots, alone
 from cowslice.image.structures import Structure
 from cowslice.image.writing import Writer
@@ -57,7 +58,7 @@ class Growth:
         Raises BadOption, RequestError, UnsupportedImage, CorruptImage, NoSpace, StorageError; then the size is as
         before.
         """
-        with alone(self.writer) as roots:
+        with alone(self.writer, cause=Cause.SHRINKING) as roots:
             check_resize(self.layer.size, size, shrink=shrink, preallocation=preallocation)
             self._check_supported(size, preallocation)
             roots.commit()
@@ -220,7 +221,7 @@ class Growth:
         self.tables.slices.store(first, self.writer.packed([(0, 0)] * len(words)))
         for span in spans:
             if span is not None:
-                self.tables.drop(span[0], count=span[1] >> self._geometry.cluster_bits, punch=True)
+                self.tables.drop(span[0], count=span[1] >> self._geometry.cluster_bits, cause=Cause.SHRINKING)
 
     def _give_tail_back(self, roots: Roots) -> None:
         """Counts that only count themselves, and what is free at the end of the file, go."""

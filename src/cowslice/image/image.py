@@ -471,9 +471,10 @@ def open_image(source: Source, mode: str = "r", **options: Unpack[OpenKeywords])
     snapshot: id or name of the internal snapshot to show. secret: passphrase of an encrypted image, or a function that
         gives it for a file's name; max_key_rounds bounds what its key slots may make us compute.
     metadata_only: open neither backing nor data file nor key; only maps can be read, and bitmaps changed.
-    discard: "unmap" gives the space of discarded clusters back, "ignore" makes `discard` do nothing.
-        discard_no_unref: a discarded cluster stays with its guest cluster. detect_zeroes: "on" and "unmap" look for
-        zeros in what is written, and keep or free their space.
+    discard: "unmap" frees discarded clusters, "ignore" makes `discard` do nothing. discard_no_unref: they stay with
+        their guest clusters. pass_discard_request (by default as discard says), pass_discard_snapshot (True) and
+        pass_discard_other (False): whether what requests, snapshot operations or anything else freed leaves the file
+        at once. detect_zeroes: "on" and "unmap" look for zeros in what is written, and keep or free their space.
     max_depth: most layers in a chain. on_warning: called with a sentence about what is odd.
 
     Raises BadOption, NotAnImage, MalformedImage, UnsupportedImage, CorruptImage, ReferenceRefused, CryptoError,

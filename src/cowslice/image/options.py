@@ -16,6 +16,7 @@ from cowslice.errors import BadOption
 from cowslice.format.geometry import Geometry
 from cowslice.image.decompressed import DEFAULT_BUDGET
 from cowslice.image.gate import FolderGate, Gate
+from cowslice.image.punching import Punching
 from cowslice.storage.base import Storage
 from cowslice.units import KiB, parse_size
 
@@ -65,6 +66,9 @@ class OpenKeywords(TypedDict, total=False):
     on_warning: Callable[[str], None] | None
     discard: str
     discard_no_unref: bool
+    pass_discard_request: bool | None
+    pass_discard_snapshot: bool
+    pass_discard_other: bool
     detect_zeroes: str
 
 
@@ -96,6 +100,9 @@ class OpenOptions:
     on_warning: Callable[[str], None] | None = None
     discard: str = "unmap"
     discard_no_unref: bool = False
+    pass_discard_request: bool | None = None
+    pass_discard_snapshot: bool = True
+    pass_discard_other: bool = False
     detect_zeroes: str = "off"
     writable: bool = False
 
@@ -114,6 +121,13 @@ class OpenOptions:
         _whole("max_depth", self.max_depth, 1, 1 << 20)
         if self.max_key_rounds is not None:
             _whole("max_key_rounds", self.max_key_rounds, 1, 1 << 62)
+
+    @property
+    def punching(self) -> Punching:
+        """Which space leaves the file as soon as it is free; that of requests as `discard` says, unless told."""
+        request = self.pass_discard_request
+        return Punching(request=self.discard == "unmap" if request is None else request,
+                        snapshot=self.pass_discard_snapshot, other=self.pass_discard_other)
 
     def _check_writable(self) -> None:
         """What makes no sense together with writing."""

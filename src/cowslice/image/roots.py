@@ -17,6 +17,7 @@ from cowslice.format.words import pack_words, unpack_words
 from cowslice.image.counting import first_zero
 from cowslice.image.headerswitch import switch_header
 from cowslice.image.hosttree import Tree
+from cowslice.image.punching import Cause
 from cowslice.image.refcounts import Run
 from cowslice.image.structures import Structure
 from cowslice.image.writing import Writer
@@ -27,20 +28,24 @@ _MOST_COMMITS = 8  # a commit frees clusters, the next counts them down; a table
 
 
 @contextmanager
-def alone(writer: Writer) -> Iterator[Roots]:
-    """Be alone inside the image for the block: no request, no other commit. Raises what forbids writing."""
+def alone(writer: Writer, *, cause: Cause = Cause.OTHER) -> Iterator[Roots]:
+    """Be alone inside the image for the block: no request, no other commit. `cause`: why clusters become free.
+
+    Raises what forbids writing.
+    """
     tables, commits = writer.tables, writer.commits
     with tables.passage.exclusive(), commits.alone(), tables.lock:
         commits.check()
         tables.allocator.withdraw()
-        yield Roots(writer)
+        yield Roots(writer, cause)
 
 
 class Roots:
     """The changes; only inside `alone`. Offsets and lengths are host bytes, words are L1 entries."""
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: Writer, cause: Cause) -> None:
         self.writer = writer
+        self._cause = cause
         self.tables = writer.tables
         self.layer = writer.layer
         self.storage = writer.layer.storage
@@ -103,8 +108,8 @@ class Roots:
             self.free(self.tables.allocator.lower([(offset >> self._bits, count)]))
 
     def free(self, runs: list[Run]) -> None:
-        """Nobody refers to these clusters, and nobody is inside: they give their space back and can be used again."""
-        for start, count in runs:
+        """Nobody refers to these clusters, nobody is inside: they can be used again, and may give space back."""
+        for start, count in runs if self.tables.punching.covers(self._cause) else ():
             with suppress(StorageError):  # then it only takes space
                 self.storage.discard(start << self._bits, count << self._bits)
         self.layer.compressed.forget()

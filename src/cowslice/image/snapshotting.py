@@ -17,6 +17,7 @@ from cowslice.errors import BadOption, StorageError, UnsupportedImage
 from cowslice.format.limits import MAX_SNAPSHOTS
 from cowslice.format.snapshots import MIN_EXTRA_V3, Snapshot, encode_snapshot_extra, encode_snapshot_table
 from cowslice.format.words import pack_words, unpack_words
+from cowslice.image.punching import Cause
 from cowslice.image.roots import Roots, alone, without_copied
 from cowslice.image.snapshots import check_usable, find_snapshot, load_snapshot_l1, load_snapshots, read_l1
 from cowslice.image.structures import Structure
@@ -43,7 +44,7 @@ class Snapshotting:
         """
         self._check_supported()
         _check_name(name)
-        with alone(self.writer) as roots, ExitStack() as undo:
+        with alone(self.writer, cause=Cause.SNAPSHOT) as roots, ExitStack() as undo:
             roots.commit()
             before = self._snapshots()
             if len(before) >= MAX_SNAPSHOTS:
@@ -74,7 +75,7 @@ class Snapshotting:
         closing, or to a repair of leaks.
         """
         self._check_supported()
-        with alone(self.writer) as roots, ExitStack() as undo:
+        with alone(self.writer, cause=Cause.SNAPSHOT) as roots, ExitStack() as undo:
             roots.commit()
             before = self._snapshots()
             gone = _by_name(before, id_or_name)
@@ -98,7 +99,7 @@ class Snapshotting:
         RefcountOverflow, MalformedImage, CorruptImage, NoSpace, StorageError; then the disk is as before.
         """
         self._check_supported()
-        with alone(self.writer) as roots, ExitStack() as undo:
+        with alone(self.writer, cause=Cause.SNAPSHOT) as roots, ExitStack() as undo:
             roots.commit()
             header = self.layer.first.header
             snapshot = find_snapshot(self._snapshots(), id_or_name)
@@ -131,7 +132,7 @@ class Snapshotting:
 
         Raises MalformedImage, NoSpace, StorageError; then the table is as before.
         """
-        with alone(self.writer) as roots, ExitStack() as undo:
+        with alone(self.writer, cause=Cause.SNAPSHOT) as roots, ExitStack() as undo:
             before = self._snapshots()
             after = [_completed(one, self.layer.size) for one in before]
             if after == list(before):
@@ -145,7 +146,7 @@ class Snapshotting:
     def finish(self) -> None:
         """Set COPIED where an operation that failed has left it off. Raises StorageError."""
         if self._uneven and self.writer.commits.fault is None:
-            with alone(self.writer) as roots:
+            with alone(self.writer, cause=Cause.SNAPSHOT) as roots:
                 roots.commit()
                 roots.commit()
                 roots.set_copied()

@@ -18,6 +18,7 @@ from cowslice.format.entries import COPIED, L1_OFFSET_MASK
 from cowslice.format.words import unpack_words
 from cowslice.image.fences import Fences
 from cowslice.image.passage import Passage
+from cowslice.image.punching import Cause, Punching
 from cowslice.image.structures import Structure
 from cowslice.units import SECTOR
 
@@ -32,14 +33,14 @@ _WORDS_PER_SECTOR = SECTOR // 8
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """A run of host clusters that lost one reference. `punch`: give their space back once they are free.
+    """A run of host clusters that lost one reference, and what took it.
 
     `table`: an L2 table lies there, whose fence falls with its last reference.
     """
 
     start: int
     count: int
-    punch: bool = False
+    cause: Cause = Cause.OTHER
     table: bool = False
 
 
@@ -51,13 +52,14 @@ class Tables:
     """
 
     def __init__(self, layer: Qcow2Layer, slices: SliceMap, refcounts: Refcounts, allocator: Allocator, *,
-                 fences: Fences, passage: Passage) -> None:
+                 fences: Fences, passage: Passage, punching: Punching) -> None:
         self.layer = layer
         self.slices = slices
         self.refcounts = refcounts
         self.allocator = allocator
         self.fences = fences
         self.passage = passage
+        self.punching = punching
         self.lock = threading.Condition(threading.RLock())
         self.l1 = array("Q", unpack_words(layer.l1))
         self.changed_l1: set[int] = set()
@@ -81,9 +83,9 @@ class Tables:
         self.l1[index] = host | COPIED
         self.changed_l1.add(index)
 
-    def drop(self, host: int, *, punch: bool = False, count: int = 1, table: bool = False) -> None:
+    def drop(self, host: int, *, cause: Cause = Cause.OTHER, count: int = 1, table: bool = False) -> None:
         """One reference to the host cluster at byte `host` (and those behind it) is gone from memory."""
-        self.drops.append(Drop(host >> self._bits, count, punch, table))
+        self.drops.append(Drop(host >> self._bits, count, cause, table))
 
     def give_back(self, start: int, count: int = 1) -> None:
         """Let clusters be free again that nothing points to: at once, or with a commit if counts cannot be read now."""

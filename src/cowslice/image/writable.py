@@ -26,6 +26,7 @@ from cowslice.image.headerswitch import switch_header
 from cowslice.image.layer import Layer
 from cowslice.image.options import OpenOptions, Source
 from cowslice.image.passage import Passage
+from cowslice.image.punching import Punching
 from cowslice.image.qcow2 import Qcow2Layer
 from cowslice.image.refcounts import Refcounts
 from cowslice.image.snapshots import load_snapshots
@@ -34,7 +35,6 @@ from cowslice.image.tables import Tables
 from cowslice.image.tracking import Tracking
 from cowslice.image.writes import Qcow2Writes, RawWrites, Writes
 from cowslice.image.writing import Writer
-from cowslice.image.zeroing import DiscardRules
 
 if TYPE_CHECKING:
     from cowslice.cache.slicemap import SliceMap
@@ -53,14 +53,14 @@ def open_writes(chain: Chain, options: OpenOptions, fast: FastPath | None) -> Wr
         if fast is not None:
             fast.make_writable(passage, fences)
         return RawWrites(top, passage, _ignore if fast is None else fast.resize)
-    writer = open_writer(chain.layers, refcount_budget=chain.refcount_budget, slice_budget=chain.cache.budget)
+    writer = _writer_of(chain, options)
     if fast is not None:
         fast.make_writable(writer.tables.passage, writer.tables.fences)
         fast.supply_writes(writer.claims, writer.tables.allocator.supply, writer.provide)
         fast.writes_in_place = options.detect_zeroes == "off"
         writer.commits.refused = fast.stop_writing
     return Qcow2Writes(writer, _tracking(writer, options, fast),
-                       DiscardRules(keep_reference=options.discard_no_unref))
+                       keep_reference=options.discard_no_unref)
 
 
 def _tracking(writer: Writer, options: OpenOptions, fast: FastPath | None) -> Tracking:
@@ -90,7 +90,7 @@ def opened_writer(source: Source, options: OpenOptions) -> Iterator[Writer]:
     """
     chain = open_chain(source, options, options.on_warning or _unheard)
     with chain.stack:
-        writer = open_writer(chain.layers, refcount_budget=chain.refcount_budget, slice_budget=chain.cache.budget)
+        writer = _writer_of(chain, options)
         try:
             yield writer
         finally:
@@ -98,11 +98,16 @@ def opened_writer(source: Source, options: OpenOptions) -> Iterator[Writer]:
                 writer.commits.finish()
 
 
+def _writer_of(chain: Chain, options: OpenOptions) -> Writer:
+    return open_writer(chain.layers, refcount_budget=chain.refcount_budget, slice_budget=chain.cache.budget,
+                       punching=options.punching)
+
+
 def _unheard(warning: str) -> None:
     """Nobody asked."""
 
 
-def open_writer(layers: Sequence[Layer], *, refcount_budget: int, slice_budget: int) -> Writer:
+def open_writer(layers: Sequence[Layer], *, refcount_budget: int, slice_budget: int, punching: Punching) -> Writer:
     """The writer of the top layer, a Qcow2Layer whose storage is writable. Raises ImageError, StorageError."""
     layer = layers[0]
     assert isinstance(layer, Qcow2Layer)
@@ -115,7 +120,7 @@ def open_writer(layers: Sequence[Layer], *, refcount_budget: int, slice_budget: 
     allocator = Allocator(refcounts, freespace, fences, header.geometry, layer.storage)
     _clear_unknown(layer)  # last: an image that is refused stays as it is
     slices: SliceMap = layer.slices  # type: ignore[assignment]
-    tables = Tables(layer, slices, refcounts, allocator, fences=fences, passage=Passage())
+    tables = Tables(layer, slices, refcounts, allocator, fences=fences, passage=Passage(), punching=punching)
     return Writer(layers, tables, Commits(tables), dirty_bytes=max(slice_budget // 4, 64 * 1024))
 
 

@@ -21,7 +21,7 @@ from cowslice.image.passage import Passage
 from cowslice.image.snapshotting import Snapshotting
 from cowslice.image.tracking import Tracking
 from cowslice.image.writing import Writer
-from cowslice.image.zeroing import DiscardRules, Zeroing
+from cowslice.image.zeroing import Zeroing
 from cowslice.storage.base import Storage
 
 
@@ -92,10 +92,10 @@ class Writes(ABC):
 class Qcow2Writes(Writes):
     """Writes to a qcow2 image."""
 
-    def __init__(self, writer: Writer, tracking: Tracking, rules: DiscardRules) -> None:
+    def __init__(self, writer: Writer, tracking: Tracking, *, keep_reference: bool) -> None:
         self.writer = writer
         self.tracking = self._bitmaps = tracking
-        self.zeroing = Zeroing(writer, rules)
+        self.zeroing = Zeroing(writer, keep_reference=keep_reference)
         self.compressing = Compressing(writer)
         self.snapshotting = Snapshotting(writer)
         self.growth = Growth(writer, self.zeroing)

@@ -7,12 +7,12 @@ writer as zeros. Freed host clusters become drops of the next commit (I3).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from cowslice.format.entries import ALL_SUBCLUSTERS, L1_OFFSET_MASK, Entry, Kind
 from cowslice.format.header import Autoclear
 from cowslice.image.mapping import resolve
 from cowslice.image.plan import Blank
+from cowslice.image.punching import Cause
 from cowslice.image.writing import Writer
 from cowslice.units import MiB, round_up
 
@@ -22,26 +22,18 @@ _ZEROS = memoryview(bytes(MiB))
 Change = Callable[[int, Entry, int], Blank | None]
 
 
-@dataclass(frozen=True, slots=True)
-class DiscardRules:
-    """What becomes of host clusters that a guest gives up.
+class Zeroing:
+    """Zeroes and discards spans of the disk that `writer` writes to.
 
-    `punch`: their space goes back to the file system. `keep_reference`: they stay with the guest cluster, so that the
-    file does not fragment (discard-no-unref).
+    `keep_reference`: clusters that are discarded stay with their guest cluster, so that the file does not fragment
+    (discard-no-unref).
     """
 
-    punch: bool = True
-    keep_reference: bool = False
-
-
-class Zeroing:
-    """Zeroes and discards spans of the disk that `writer` writes to."""
-
-    def __init__(self, writer: Writer, rules: DiscardRules) -> None:
+    def __init__(self, writer: Writer, *, keep_reference: bool) -> None:
         self.writer = writer
         self.tables = writer.tables
         self.planner = writer.planner
-        self.rules = rules
+        self._keep_reference = keep_reference
         first = writer.layer.first
         self._geometry = first.header.geometry
         self._bits = self._geometry.cluster_bits
@@ -78,34 +70,34 @@ class Zeroing:
         if first >= last or (self._old and self.writer.covered(first >> self._bits)):
             return
         self._track(first, min(last, self.writer.layer.size) - first)
-        self._blank(first, last, keep=self.rules.keep_reference, punch=True)
+        self._blank(first, last, keep=self._keep_reference, give_back=self.tables.punching.request)
 
     def _track(self, offset: int, length: int) -> None:
         """All that was asked counts as changed, also what reads as zeros already: so QEMU does it."""
         if self.writer.track is not None:
             self.writer.track(offset, length)
 
-    def _blank(self, offset: int, end: int, *, keep: bool, punch: bool = False) -> None:
+    def _blank(self, offset: int, end: int, *, keep: bool, give_back: bool = False) -> None:
         """Let the entries say zeros for whole (sub)clusters."""
         writer = self.writer
         writer.commits.check()
         if self._raw_data:
             data = writer.layer.data
-            blank = data.punch if punch and self.rules.punch and not keep else data.zero
+            blank = data.punch if give_back and not keep else data.zero
             blank(offset, min(end, writer.layer.size) - offset)
             if writer.layer.cipher is None:
                 return  # zeros that are deciphered are none: then the entries must say so
         while offset < end:
             first = offset >> self._bits
             stop = min(end, (first + CLUSTERS_AT_ONCE) << self._bits, self._table_end(first))
-            self._blank_some(offset, stop, keep=keep, punch=punch and self.rules.punch)
+            self._blank_some(offset, stop, keep=keep)
             offset = stop
             writer.relieve()
 
     def _table_end(self, cluster: int) -> int:
         return ((cluster >> self._geometry.l2_bits) + 1) << self._geometry.l2_bits + self._bits
 
-    def _blank_some(self, offset: int, end: int, *, keep: bool, punch: bool) -> None:
+    def _blank_some(self, offset: int, end: int, *, keep: bool) -> None:
         """Entries of one L2 table. A compressed cluster of which only a part is meant is written instead."""
         first, last = offset >> self._bits, (end - 1 >> self._bits) + 1
         with self.writer.claims.on(first, last), self.tables.lock:
@@ -114,7 +106,7 @@ class Zeroing:
             changes, written = self._changes(first, last, offset, end, keep=keep)
             if changes:
                 self.writer.own_table(first)
-                self._apply(first, changes, punch=punch)
+                self._apply(first, changes)
         for start, stop in written:
             self._write_zeros(start, stop)
 
@@ -145,7 +137,7 @@ class Zeroing:
             return self.planner.vacated(entry)
         return self.planner.blank(entry, mask, covered=self.writer.covered(cluster), keep=keep)
 
-    def _apply(self, first: int, changes: list[tuple[int, Blank]], *, punch: bool) -> None:
+    def _apply(self, first: int, changes: list[tuple[int, Blank]]) -> None:
         """Store runs of neighbours together, and drop what they owned."""
         run: list[Blank] = []
         for index, (cluster, blank) in enumerate(changes):
@@ -154,7 +146,7 @@ class Zeroing:
                 words = [(one.word, one.bitmap) for one in run]
                 self.tables.slices.store(cluster + 1 - len(run), self.writer.packed(words))
                 for host, length in (one.dropped for one in run if one.dropped is not None):  # only now: I3
-                    self.tables.drop(host, count=length >> self._bits, punch=punch)
+                    self.tables.drop(host, count=length >> self._bits, cause=Cause.REQUEST)
                 run = []
 
     def _write_zeros(self, offset: int, end: int) -> None:
