@@ -16,10 +16,11 @@ from cowslice.ops.check import check
 from cowslice.storage import MemoryStorage, Storage
 from cowslice.testing import peers
 from cowslice.testing.crash import CrashRecord, CrashState, FailingSync, LyingStorage, crash_states
+from cowslice.testing.crashfile import CrashFiles
 from cowslice.testing.faults import Fault, FaultyStorage
 from cowslice.testing.modeldisk import ModelDisk
 from cowslice.testing.twin import Files, Shape, Twin, make_files
-from tests.crash.test_any_moment import fault_of, opened, recorded
+from tests.crash.test_any_moment import fault_of, opened, recorded, recorded_beside_lies
 
 pytestmark = peers.needs("qemu-img")
 
@@ -28,8 +29,7 @@ AUTOCLEAR_BYTE, UNKNOWN_BIT = 95, 0x20
 NO_LIE: tuple[int, ...] = ()
 
 
-def faults(files: Files, work: Callable[[Twin, LyingStorage], object], *, limit: int = 200,
-           compiled: bool = False) -> list[str]:
+def faults(files: Files, work: Callable[[Twin, LyingStorage], object], *, limit: int = 200) -> list[str]:
     """What is wrong in any state that a crash can leave of this work."""
     model, liars = ModelDisk(files.content), []
 
@@ -37,7 +37,11 @@ def faults(files: Files, work: Callable[[Twin, LyingStorage], object], *, limit:
         liars.append(LyingStorage(storage))
         return liars[0]
 
-    record = recorded(files, model, lambda twin: work(twin, liars[0]), wrap=wrap, compiled=compiled)
+    record = recorded(files, model, lambda twin: work(twin, liars[0]), wrap=wrap)
+    return faults_after(files, model, record, limit=limit)
+
+
+def faults_after(files: Files, model: ModelDisk, record: CrashRecord, *, limit: int = 200) -> list[str]:
     return [fault for state in crash_states(record, limit=limit) if (fault := fault_of(files, model, state))]
 
 
@@ -62,13 +66,15 @@ def test_i1_an_entry_reaches_the_disk_after_the_count_of_its_cluster(files: File
 def test_i1_and_i2_hold_for_compiled_writers_too(tmp_path: Path, lie: tuple[int, ...]) -> None:
     """The second write takes from the supply, after the first had it stocked."""
 
-    def work(twin: Twin, liar: LyingStorage) -> None:
+    def work(twin: Twin, crash: CrashFiles) -> None:
         twin.write(0, b"a" * 512)
-        liar.lie(*lie)
+        crash.lie(*lie)
         twin.write(8192 + 1024, b"b" * 512)
         twin.flush()
 
-    assert bool(faults(make_files(Shape(4096, backing="raw"), tmp_path), work, compiled=True)) is bool(lie)
+    files = make_files(Shape(4096, backing="raw"), tmp_path)
+    model = ModelDisk(files.content)
+    assert bool(faults_after(files, model, recorded_beside_lies(files, model, work))) is bool(lie)
 
 
 @pytest.mark.parametrize("lie", [NO_LIE, (0,)])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import itertools
 import math
-import os
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -73,11 +72,6 @@ class CrashRecord:
         self.begins[file] = bytes(content)
         return CrashStorage(self, file)
 
-    def descriptor(self, content: ReadableBuffer, *, file: str = "image") -> CrashDescriptor:
-        """The same, for compiled writers too: it has a descriptor."""
-        self.storage(content, file=file)
-        return CrashDescriptor(self, file)
-
     def mark(self, label: str) -> None:
         """Note that this happened now. A state that a crash can leave after it lists it in `marks`."""
         with self.lock:
@@ -128,59 +122,6 @@ class CrashStorage(MemoryStorage):
             record.under_way.remove(number)
 
 
-class CrashDescriptor(CrashStorage):
-    """A file of a CrashRecord that is written through its descriptor too, by one thread at a time.
-
-    What came that way is noticed, and recorded, before the next thing that happens to the file.
-    """
-
-    def __init__(self, record: CrashRecord, file: str) -> None:
-        super().__init__(record, file)
-        self._fd = os.memfd_create(file)
-        os.pwrite(self._fd, record.begins[file], 0)
-
-    def fileno(self) -> int:
-        return self._fd
-
-    def pread(self, offset: int, buffer: memoryview) -> int:
-        self.notice()
-        return super().pread(offset, buffer)
-
-    def pwrite(self, offset: int, data: ReadableBuffer) -> None:
-        self.notice()
-        super().pwrite(offset, data)
-        os.pwrite(self._fd, memoryview(data).cast("B"), offset)
-
-    def truncate(self, length: int) -> None:
-        self.notice()
-        super().truncate(length)
-        os.ftruncate(self._fd, length)
-
-    def sync(self) -> None:
-        self.notice()
-        super().sync()
-
-    def length(self) -> int:
-        self.notice()
-        return super().length()
-
-    def close(self) -> None:
-        self.notice()
-        os.close(self._fd)
-        super().close()
-
-    def notice(self) -> None:
-        """Record the sectors that differ from what was recorded so far."""
-        known = super().length()
-        size = os.fstat(self._fd).st_size
-        before = bytearray(max(known, size))
-        super().pread(0, memoryview(before)[:known])
-        now = os.pread(self._fd, size, 0)
-        for at in range(0, size, SECTOR):
-            if at >= known or now[at : at + SECTOR] != before[at : at + SECTOR]:
-                super().pwrite(at, now[at : at + SECTOR])
-
-
 class LyingStorage(WrappedStorage):
     """Claim that the syncs with these numbers, counted from zero, were done, and do nothing: a barrier taken away."""
 
@@ -192,9 +133,6 @@ class LyingStorage(WrappedStorage):
     def lie(self, *which: int) -> None:
         """Take these of the syncs from now on away; 0 is the next one."""
         self.lies = frozenset(self.syncs + number for number in which)
-
-    def fileno(self) -> int:
-        return self.inner.fileno()
 
     def sync(self) -> None:
         number, self.syncs = self.syncs, self.syncs + 1

@@ -52,6 +52,10 @@ class CrashFiles:
         self._stack.close()
         self.look()
 
+    def lie(self, *which: int) -> None:
+        """Take these of the syncs from now on away; 0 is the next one."""
+        self.lies = frozenset(self.syncs + number for number in which)
+
     def mark(self, label: str) -> None:
         """Note that this happened now, as CrashRecord.mark."""
         self.look()
