@@ -5,14 +5,9 @@ It is looked for by name when it is first wanted (Debian: libdeflate0), so nothi
 it, `codec.compression` inflates. It says yes or no; what is wrong with a stream is told there too.
 """
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t
 
-cdef extern from "<dlfcn.h>" nogil:
-    int RTLD_NOW
-    void *dlopen(const char *name, int flags)
-    void *dlsym(void *library, const char *name)
+from cowslice.codec.whole cimport RTLD_NOW, decoded_once, dlopen, dlsym
 
 # libdeflate.h, stable since its version 1.0: the soname says so.
 ctypedef void *(*Alloc)() noexcept nogil
@@ -45,21 +40,7 @@ def inflated(stream, size_t size):
 
     None also means that the library is not here. Releases the GIL.
     """
-    cdef Py_buffer view
-    cdef void *state = NULL
-    cdef bint whole
-    if not available():
-        return None
-    cdef bytes data = PyBytes_FromStringAndSize(NULL, size)
-    cdef uint8_t *out = <uint8_t *> PyBytes_AS_STRING(data)
-    PyObject_GetBuffer(stream, &view, PyBUF_SIMPLE)
-    try:
-        with nogil:
-            whole = inflate_whole(&state, <const uint8_t *> view.buf, view.len, out, size)
-            end_inflating(&state)
-    finally:
-        PyBuffer_Release(&view)
-    return data if whole else None
+    return decoded_once(inflate_whole, end_inflating, stream, size) if available() else None
 
 
 cdef bint inflate_whole(void **state, const uint8_t *stream, size_t length, uint8_t *out, size_t size) noexcept nogil:

@@ -5,14 +5,9 @@ It is looked for by name when it is first wanted (Debian: libzstd1), so nothing 
 it, `codec.compression` decodes. It says yes or no; what is wrong with a stream, and several frames, are judged there.
 """
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t
 
-cdef extern from "<dlfcn.h>" nogil:
-    int RTLD_NOW
-    void *dlopen(const char *name, int flags)
-    void *dlsym(void *library, const char *name)
+from cowslice.codec.whole cimport RTLD_NOW, decoded_once, dlopen, dlsym
 
 # zstd.h, stable since its version 1.4: the soname says that it is 1.
 ctypedef void *(*Create)() noexcept nogil
@@ -61,21 +56,7 @@ def decompressed(stream, size_t size):
 
     Bytes behind the frame are ignored. None also means that the library is not here. Releases the GIL.
     """
-    cdef Py_buffer view
-    cdef void *state = NULL
-    cdef bint whole
-    if not available():
-        return None
-    cdef bytes data = PyBytes_FromStringAndSize(NULL, size)
-    cdef uint8_t *out = <uint8_t *> PyBytes_AS_STRING(data)
-    PyObject_GetBuffer(stream, &view, PyBUF_SIMPLE)
-    try:
-        with nogil:
-            whole = unzstd_whole(&state, <const uint8_t *> view.buf, view.len, out, size)
-            end_unzstd(&state)
-    finally:
-        PyBuffer_Release(&view)
-    return data if whole else None
+    return decoded_once(unzstd_whole, end_unzstd, stream, size) if available() else None
 
 
 cdef bint unzstd_whole(void **state, const uint8_t *stream, size_t length, uint8_t *out, size_t size) noexcept nogil:
