@@ -53,6 +53,7 @@ cdef class Loop(Answering):
     cdef int serve(self) noexcept nogil
     cdef bint make_space(self, uint64_t wanted) noexcept nogil
     cdef int receive(self) noexcept nogil
+    cdef bint has_window(self) noexcept nogil
     cdef int parse(self) noexcept nogil
     cdef int take_one(self, Ask *ask, uint64_t *size) noexcept nogil
     cdef bint plain(self, const Ask *ask) noexcept nogil

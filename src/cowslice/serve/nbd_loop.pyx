@@ -25,7 +25,7 @@ from cowslice.serve.nbd_answering cimport Answering
 from cowslice.serve.nbd_frames cimport (
     DISC, DONT_FRAGMENT, EXTENDED, FUA, PAYLOAD_LEN, READ, SIMPLE, WRITE, Arena, Ask, decode_request, put_done, reserve)
 from cowslice.serve.nbd_tally cimport Tally, count_reads, count_write, describe
-from cowslice.serve.nbd_waiting cimport await_bytes, gather
+from cowslice.serve.nbd_waiting cimport await_bytes, gather, take_owed
 
 import os
 import socket
@@ -48,6 +48,8 @@ cdef extern from "<sys/socket.h>" nogil:
 cdef enum:
     ROOM = 256 << 10            # bytes that one recv may bring
     ARENA = 1 << 20             # bytes of replies put together before they are sent
+    PIECE = 32 << 10            # bytes of data that are sent at once: the client reads them while the next are put together
+    WINDOW = 8                  # reads that keep both sides busy: more need not be waited for
     MAX_PAYLOAD = 32 << 20      # that the protocol lets a client send without asking
     MOST_WAITING = 16           # threads of one connection that may wait for a device
 
@@ -186,6 +188,7 @@ cdef class Loop(Answering):
                 return BROKEN
             if end == GOES_ON:
                 end = self.receive()
+        take_owed(&self.vigil, self.fd)
         return end
 
     cdef bint make_space(self, uint64_t wanted) noexcept nogil:
@@ -213,20 +216,26 @@ cdef class Loop(Answering):
             got = await_bytes(&self.vigil, self.fd, self.incoming + self.start + self.have, self.room - self.start - self.have)
             if got > 0:
                 self.have += got
-                self.have += gather(&self.vigil, self.fd, self.incoming + self.start + self.have,
-                                    self.room - self.start - self.have)
+                if not self.has_window():
+                    self.have += gather(&self.vigil, self.fd, self.incoming + self.start + self.have,
+                                        self.room - self.start - self.have)
                 return GOES_ON
             if got == 0:
                 return STOPPED if self.stopping else VANISHED
             if errno != EINTR:
                 return IDLE if self.idle_ms else BROKEN
 
+    cdef bint has_window(self) noexcept nogil:
+        """Whether a client that sends many requests at once has just done so."""
+        cdef const uint8_t *command = self.incoming + self.start + 6
+        return self.have >= WINDOW * 28 and command[0] == 0 and command[1] == READ
+
     cdef int parse(self) noexcept nogil:
         """Answer every request that is here whole."""
         cdef Ask asks[BATCH]
         cdef Ask *ask
         cdef uint32_t count = 0
-        cdef uint64_t size = 0, head = 32 if self.mode == EXTENDED else 28
+        cdef uint64_t size = 0, wanted = 0, head = 32 if self.mode == EXTENDED else 28
         cdef uint64_t arrived = now_ns()
         cdef int end
         while True:
@@ -237,6 +246,7 @@ cdef class Loop(Answering):
             ask.arrived = arrived
             if self.plain(ask):
                 count += 1
+                wanted += ask.length
             elif ask.command == WRITE and self.write_here(ask, self.incoming + self.start + head):
                 pass
             elif not self.pass_on(ask, self.incoming + self.start + head, size - head):
@@ -245,10 +255,10 @@ cdef class Loop(Answering):
             self.have -= size
             if end != GOES_ON:
                 break
-            if count == BATCH:
-                if not self.answer_batch(asks, count):
+            if count == BATCH or wanted >= PIECE:
+                if not self.answer_batch(asks, count) or not self.flush():
                     return BROKEN
-                count = 0
+                count, wanted = 0, 0
         if count and not self.answer_batch(asks, count):
             return BROKEN
         return end

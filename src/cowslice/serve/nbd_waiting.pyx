@@ -6,7 +6,7 @@ one that has many requests under way sends the next ones soon. It does not know 
 awake, one processor is always left to others, and who is wanted elsewhere sleeps.
 """
 
-from libc.errno cimport EAGAIN, errno
+from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint8_t, uint64_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
@@ -15,6 +15,7 @@ cdef extern from "<sched.h>" nogil:
 
 cdef extern from "<sys/socket.h>" nogil:
     int MSG_DONTWAIT
+    int MSG_PEEK
     ssize_t recv(int fd, void *buffer, size_t size, int flags)
 
 cdef extern from *:
@@ -29,6 +30,8 @@ cdef enum:
     TRUSTED = 8             # short waits in a row after which the next is expected to be short
     MOMENT = 10_000         # nanoseconds for more requests to come: a client takes 4 or 5 us for each
     MOST_RELUCTANT = 255    # times that gathering is passed over once it has brought nothing again and again
+    LONE = 56               # bytes of two requests: less is one
+    LOOKS = 4               # between two yields
     LATE = 20_000           # nanoseconds: a processor that comes back later from a yield is wanted by somebody else
 
 
@@ -39,10 +42,14 @@ cdef inline uint64_t now_ns() noexcept nogil:
 
 
 cdef ssize_t await_bytes(Vigil *vigil, int fd, uint8_t *buffer, uint64_t room) noexcept nogil:
-    """What a blocking `recv` answers, with its errno."""
+    """What a blocking `recv` answers, with its errno.
+
+    A lone request may be left in the socket until `take_owed`: to free what another processor put there takes longer than to answer.
+    """
     cdef uint64_t began
     cdef ssize_t got = -1
     cdef bint nothing = True
+    take_owed(vigil, fd)
     if vigil.longest == 0:
         return recv(fd, buffer, room, 0)
     began = now_ns()
@@ -55,7 +62,20 @@ cdef ssize_t await_bytes(Vigil *vigil, int fd, uint8_t *buffer, uint64_t room) n
         got = recv(fd, buffer, room, 0)
     if got > 0:
         vigil.trust = min(vigil.trust + 1, TRUSTED + MOST_CAUTIOUS) if now_ns() - began <= vigil.longest else 0
+    vigil.lone = 0 < got < LONE
     return got
+
+
+cdef void take_owed(Vigil *vigil, int fd) noexcept nogil:
+    """Take out of the socket what was already looked at."""
+    cdef uint8_t seen[LONE]
+    cdef ssize_t got
+    while vigil.owed:
+        got = recv(fd, seen, vigil.owed, 0)
+        if got > 0:
+            vigil.owed -= <uint32_t> got
+        elif got == 0 or errno != EINTR:
+            vigil.owed = 0  # the connection is gone, and the next wait says so
 
 
 cdef uint64_t gather(Vigil *vigil, int fd, uint8_t *buffer, uint64_t room) noexcept nogil:
@@ -70,6 +90,7 @@ cdef uint64_t gather(Vigil *vigil, int fd, uint8_t *buffer, uint64_t room) noexc
     if vigil.passing:
         vigil.passing -= 1
         return 0
+    take_owed(vigil, fd)
     if count_awake(1) <= vigil.spare:
         total = collect(vigil, fd, buffer, room)
     count_awake(-1)
@@ -98,9 +119,10 @@ cdef uint64_t collect(Vigil *vigil, int fd, uint8_t *buffer, uint64_t room) noex
 cdef ssize_t look(Vigil *vigil, uint64_t began, int fd, uint8_t *buffer, uint64_t room) noexcept nogil:
     """Look again and again whether something is there, letting everybody else go first; -1 and EAGAIN: it is not."""
     cdef uint64_t before = began, now
+    cdef uint32_t looks = 0
     cdef ssize_t got
     while True:
-        got = recv(fd, buffer, room, MSG_DONTWAIT)
+        got = look_once(vigil, fd, buffer, room)
         if got >= 0 or errno != EAGAIN:
             vigil.caution = max(vigil.caution, <uint32_t> 1) - 1
             return got
@@ -111,4 +133,17 @@ cdef ssize_t look(Vigil *vigil, uint64_t began, int fd, uint8_t *buffer, uint64_
         if now - began > vigil.longest:
             return got
         before = now
-        sched_yield()
+        looks += 1
+        if looks % LOOKS == 0:
+            sched_yield()
+
+
+cdef ssize_t look_once(Vigil *vigil, int fd, uint8_t *buffer, uint64_t room) noexcept nogil:
+    cdef ssize_t got
+    if not vigil.lone or room < LONE:
+        return recv(fd, buffer, room, MSG_DONTWAIT)
+    got = recv(fd, buffer, LONE, MSG_DONTWAIT | MSG_PEEK)
+    if got == LONE:
+        return recv(fd, buffer, room, MSG_DONTWAIT)
+    vigil.owed = <uint32_t> max(got, 0)
+    return got

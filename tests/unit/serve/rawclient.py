@@ -203,10 +203,11 @@ class Wired:
 
 @contextmanager
 def wired(
-    disk: cowslice.Image, *, way: str = "compiled", limits: Limits | None = None, **options: Any
+    disk: cowslice.Image, *, way: str = "compiled", limits: Limits | None = None,
+    pair: tuple[socket.socket, socket.socket] | None = None, **options: Any
 ) -> Iterator[Wired]:
     """Serve a disk to one client over a socket pair; in the end the connection must be over, and all its threads."""
-    ours, theirs = socket.socketpair()
+    ours, theirs = pair or socket.socketpair()
     reports: list[str] = []
     limits = limits or Limits()
     exports = {"": Export(disk, max_request=limits.max_request, **options)}

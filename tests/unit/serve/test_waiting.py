@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 import time
 from collections.abc import Iterator
@@ -72,6 +73,55 @@ def test_requests_that_trickle_in_are_answered_right_however_it_waits(disk: cows
         replies = client.answers(100)
         assert [reply.data for _, reply in sorted(replies.items())] == [
             CONTENT[number * 100 : number * 100 + 300] for number in range(100)]
+
+
+def over_tcp() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        theirs = socket.create_connection(listening.getsockname())
+        ours, _ = listening.accept()
+    theirs.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return ours, theirs
+
+
+def test_a_last_reply_reaches_a_client_that_says_goodbye_before_it_reads(disk: cowslice.Image) -> None:
+    """TCP takes back what a client has not read yet when a socket is closed with something left in it."""
+    with wired(disk, limits=Limits(poll_max_ns=LONG), pair=over_tcp()) as wire:
+        client = wire.client()
+        ask_in_a_row(client)
+        client.ask(Command.READ, 3, 40_000)
+        client.ask(Command.DISC)
+        wire.thread.join(PATIENCE)
+        ((_, reply),) = client.answers(1).items()
+        assert reply.data == CONTENT[3 : 3 + 40_000]
+        assert wire.socket.recv(1) == b""
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 64, 200])
+@pytest.mark.parametrize("length", [1, 4096, 32 << 10, (32 << 10) + 1])
+def test_windows_of_any_width_are_answered_whole(disk: cowslice.Image, count: int, length: int) -> None:
+    with wired(disk, limits=Limits(poll_max_ns=LONG)) as wire:
+        client = wire.client()
+        for width in (1, count, 1, count):
+            places = [number * 4093 % (len(CONTENT) - length) for number in range(width)]
+            asked = [client.request(Command.READ, place, length) for place in places]
+            wire.socket.sendall(b"".join(asked))
+            replies = client.answers(width)
+            assert [reply.data for _, reply in sorted(replies.items())] == [CONTENT[at : at + length] for at in places]
+
+
+def test_a_write_between_lone_reads_is_answered_whole(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(IMAGE.file)
+    with cowslice.open(path, "r+") as disk, wired(disk, limits=Limits(poll_max_ns=LONG), writable=True) as wire:
+        client = wire.client()
+        for number in range(IN_A_ROW):
+            ask_in_a_row(client)
+            content = bytes([number + 1]) * (number * 300 + 1)
+            wrote = client.ask(Command.WRITE, K + number, len(content), payload=content)
+            assert client.collect(wrote).error == 0
+            assert client.read(K + number, len(content)).data == content
+            client.ask(Command.WRITE, K + number, len(content), payload=CONTENT[K + number : K + number + len(content)])
+            assert client.answer()[1].error == 0
 
 
 def test_a_client_that_leaves_in_the_middle_of_many_requests_is_left(disk: cowslice.Image) -> None:

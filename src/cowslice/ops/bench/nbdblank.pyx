@@ -20,6 +20,7 @@ cdef extern from "<sched.h>" nogil:
 
 cdef extern from "<sys/socket.h>" nogil:
     int MSG_DONTWAIT
+    int MSG_PEEK
     int MSG_NOSIGNAL
     ssize_t recv(int fd, void *buffer, size_t size, int flags)
     ssize_t send(int fd, const void *buffer, size_t size, int flags)
@@ -27,6 +28,10 @@ cdef extern from "<sys/socket.h>" nogil:
 cdef enum:
     ROOM = 64 << 10             # bytes of one recv
     ARENA = 2 << 20             # bytes of replies before they are sent
+    PIECE = 32 << 10            # bytes that are sent at once: the client reads them while the next are put together
+    WINDOW = 8                  # requests that keep both sides busy
+    LONE = 56                   # bytes of two requests: less is one
+    LOOKS = 4                   # between two yields
     LONGEST = 1 << 20           # bytes of a read
     SIMPLE = 0                  # of cowslice.nbd.wire.Mode
     EXTENDED = 2
@@ -38,6 +43,8 @@ cdef enum:
 cdef struct Habit:
     uint32_t passing
     uint32_t reluctance
+    uint32_t owed               # bytes that were looked at and still lie in the socket
+    bint lone                   # one request came last time
 
 # Magic, no flags, command 0.
 cdef uint64_t READ_REQUEST = 0x25609513_0000_0000
@@ -70,14 +77,14 @@ cdef void serve(int fd, int mode, uint8_t *incoming, uint64_t have, uint8_t *out
     cdef uint64_t size = 32 if mode == EXTENDED else 28
     cdef uint64_t wanted = bswap64(EXTENDED_READ_REQUEST if mode == EXTENDED else READ_REQUEST)
     cdef ssize_t got
-    cdef Habit habit = Habit(0, 0)
+    cdef Habit habit = Habit(0, 0, 0, False)
     while True:
         at = used = 0
         while have - at >= size:
             length = length_at(mode, incoming + at)
             if (<uint64_t *> (incoming + at))[0] != wanted or length > LONGEST:
                 return
-            if used + length + MOST_HEAD > ARENA:
+            if used >= PIECE or used + length + MOST_HEAD > ARENA:
                 if not send_all(fd, out, used):
                     return
                 used = 0
@@ -136,15 +143,40 @@ cdef uint64_t now_ns() noexcept nogil:
 cdef ssize_t receive(int fd, uint8_t *buffer, uint64_t room, Habit *habit) noexcept nogil:
     """What a blocking recv answers, without sleeping while the client goes on."""
     cdef uint64_t began = now_ns()
+    cdef uint32_t looks = 0
     cdef ssize_t got
+    take_owed(fd, habit)
     while now_ns() - began < AWAKE_NS:
-        got = recv(fd, buffer, room, MSG_DONTWAIT)
+        got = look(fd, buffer, room, habit)
         if got > 0:
-            return got + gather(fd, buffer + got, room - got, habit)
+            return got if got >= WINDOW * 28 else got + gather(fd, buffer + got, room - got, habit)
         if got == 0 or errno != EAGAIN:
             return got
-        sched_yield()
+        looks += 1
+        if looks % LOOKS == 0:
+            sched_yield()
     return recv(fd, buffer, room, 0)
+
+
+cdef ssize_t look(int fd, uint8_t *buffer, uint64_t room, Habit *habit) noexcept nogil:
+    """A lone request is answered before it is taken out of the socket, which takes longer."""
+    cdef ssize_t got = LONE
+    if habit.lone and room >= LONE:
+        got = recv(fd, buffer, LONE, MSG_DONTWAIT | MSG_PEEK)
+        habit.owed = <uint32_t> got if 0 < got < LONE else 0
+    if got == LONE:
+        got = recv(fd, buffer, room, MSG_DONTWAIT)
+    if got > 0:
+        habit.lone = got < LONE
+    return got
+
+
+cdef void take_owed(int fd, Habit *habit) noexcept nogil:
+    cdef uint8_t seen[LONE]
+    cdef ssize_t got
+    while habit.owed:
+        got = recv(fd, seen, habit.owed, 0)
+        habit.owed = habit.owed - <uint32_t> got if got > 0 else 0
 
 
 cdef uint64_t gather(int fd, uint8_t *buffer, uint64_t room, Habit *habit) noexcept nogil:
@@ -154,6 +186,7 @@ cdef uint64_t gather(int fd, uint8_t *buffer, uint64_t room, Habit *habit) noexc
     if habit.passing:
         habit.passing -= 1
         return 0
+    take_owed(fd, habit)
     began = now_ns()
     while total < room and now_ns() - began < MOMENT_NS:
         sched_yield()
