@@ -25,6 +25,7 @@ cdef class Loop(Answering):
     cdef uint32_t most_requests
     cdef int idle_ms
     cdef Vigil vigil
+    cdef uint64_t piece         # bytes of data that are sent at once
     cdef uint64_t home          # the thread that runs the loop; 0 before and after
     cdef bint stopping
     cdef bint broken            # nothing can be sent any more

@@ -48,7 +48,7 @@ cdef extern from "<sys/socket.h>" nogil:
 cdef enum:
     ROOM = 256 << 10            # bytes that one recv may bring
     ARENA = 1 << 20             # bytes of replies put together before they are sent
-    PIECE = 32 << 10            # bytes of data that are sent at once: the client reads them while the next are put together
+    PIECE = 32 << 10            # bytes of data to send at once: the client reads them while the next are put together
     WINDOW = 8                  # reads that keep both sides busy: more need not be waited for
     MAX_PAYLOAD = 32 << 20      # that the protocol lets a client send without asking
     MOST_WAITING = 16           # threads of one connection that may wait for a device
@@ -93,6 +93,7 @@ cdef class Loop(Answering):
         self.idle_ms = <int> (idle * 1000)
         self.vigil.longest = poll_max_ns
         self.vigil.spare = cores() - 1
+        self.piece = PIECE if self.vigil.spare else ARENA  # on one processor both wait in turn anyway
         self.most_workers = cores() if fast.in_memory else max(cores(), MOST_WAITING)
 
     def __dealloc__(self):
@@ -255,7 +256,7 @@ cdef class Loop(Answering):
             self.have -= size
             if end != GOES_ON:
                 break
-            if count == BATCH or wanted >= PIECE:
+            if count == BATCH or wanted >= self.piece:
                 if not self.answer_batch(asks, count) or not self.flush():
                     return BROKEN
                 count, wanted = 0, 0
