@@ -21,6 +21,7 @@ from cowslice.nbd.wire import (
     REQUEST_MAGIC,
     Command,
     CommandFlag,
+    ExportFlag,
     Mode,
 )
 from cowslice.serve.answers import Answers
@@ -48,7 +49,8 @@ class CompiledTransmission:
         self._failed = 0  # of the reads that the loop counts
         self._workers = Workers(limits.workers, name)
         self._loop = Loop(
-            stream.fileno(), fast, mode=session.mode, size=session.size, max_request=session.block_sizes.maximum,
+            stream.fileno(), fast, mode=session.mode, size=session.size,
+            writable=not session.flags & ExportFlag.READ_ONLY, max_request=session.block_sizes.maximum,
             most_requests=limits.most_requests, most_bytes=limits.most_bytes, idle=limits.idle_timeout,
             poll_max_ns=limits.poll_max_ns, handover=self._take)
 

@@ -20,6 +20,7 @@ cdef class Loop(Answering):
     cdef object handover
     cdef readonly object fault  # what `handover` raised, or None
     cdef int fd
+    cdef bint writable
     cdef uint64_t max_request
     cdef uint64_t most_bytes
     cdef uint32_t most_requests

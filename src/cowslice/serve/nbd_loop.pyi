@@ -15,6 +15,7 @@ class Loop(Answering):
         *,
         mode: int,
         size: int,
+        writable: bool = ...,
         max_request: int = ...,
         most_requests: int = ...,
         most_bytes: int = ...,

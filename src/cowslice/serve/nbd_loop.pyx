@@ -1,12 +1,10 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """The compiled transmission of one NBD connection: every request that one `recv` brings, answered by one `send`.
 
-It answers plain reads and writes in place; all else is handed over to Python, which knows commands, contexts and errors. It does not know the
-handshake nor who listens. What must hold: no lock is kept across I/O on an image, a reply is sent whole, and a client
+It answers plain reads and writes in place; what would wait for a device, or takes long to inflate, goes to workers of this
+connection, without the GIL; all else is handed over to Python, which knows commands, contexts and errors. It does not know
+the handshake nor who listens. What must hold: no lock is kept across I/O on an image, a reply is sent whole, and a client
 that stalls, vanishes or lies costs nobody but itself.
-
-What would wait for a device, or takes long to inflate, goes to workers of this connection: threads without the GIL, made
-when first needed.
 """
 
 from libc.errno cimport EINTR, errno
@@ -69,14 +67,15 @@ cdef class Loop(Answering):
     """One connection after its handshake.
 
     `descriptor` is the connected socket, which stays the caller's; `fast` the disk; `mode` 0, 1 or 2 for simple, structured or
-    extended replies; `size`, `max_request` and `most_bytes` are bytes, `idle` seconds without a request, 0 for ever;
-    `poll_max_ns` is how long it may wait awake for a client that goes on asking.
+    extended replies; `writable` lets the client write; `size`, `max_request` and `most_bytes` are bytes, `idle` seconds
+    without a request, 0 for ever; `poll_max_ns` is how long it may wait awake for a client that goes on asking.
     `handover(command, flags, cookie, offset, length, payload)` is called, with the GIL, in some thread of this connection for
     every request that is no plain read; each is ended by exactly one `finish(length)`, and answered through `reply`.
     """
 
-    def __cinit__(self, int descriptor, FastPath fast not None, *, int mode, uint64_t size, uint64_t max_request=32 << 20,
-                  uint32_t most_requests=64, uint64_t most_bytes=64 << 20, double idle=0.0, uint64_t poll_max_ns=0, handover):
+    def __cinit__(self, int descriptor, FastPath fast not None, *, int mode, uint64_t size, bint writable=False,
+                  uint64_t max_request=32 << 20, uint32_t most_requests=64, uint64_t most_bytes=64 << 20, double idle=0.0,
+                  uint64_t poll_max_ns=0, handover):
         pthread_mutex_init(&self.sending, NULL)
         pthread_mutex_init(&self.lock, NULL)
         pthread_cond_init(&self.settled, NULL)
@@ -85,6 +84,7 @@ cdef class Loop(Answering):
         self.fast = fast
         self.mode = mode
         self.size = size
+        self.writable = writable and fast.writable
         self.max_request = max_request
         self.most_requests = most_requests
         self.most_bytes = most_bytes
@@ -347,7 +347,7 @@ cdef class Loop(Answering):
         """Overwrite in place what is the disk's alone. False, and no answer, for all that Python must see."""
         cdef int64_t ticket
         cdef uint64_t done
-        if not self.fast.writable or ask.flags & ~(PAYLOAD_LEN if self.mode == EXTENDED else 0):
+        if not self.writable or ask.flags & ~(PAYLOAD_LEN if self.mode == EXTENDED else 0):
             return False
         if not 0 < ask.length <= self.max_request or ask.length > self.size or ask.offset > self.size - ask.length:
             return False

@@ -137,6 +137,18 @@ def test_a_write_is_refused_and_what_it_brings_is_skipped(
     assert (replies[1].error, replies[2].data) == (NbdError.EPERM, CONTENT[9:18])
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_disk_open_for_writing_is_not_written_through_a_read_only_export(
+    tmp_path: Path, way: str, mode: Mode
+) -> None:
+    (tmp_path / "a").write_bytes(IMAGE.file)
+    with cowslice.open(tmp_path / "a", "r+") as writable, wired(writable, way=way) as wire:
+        client = wire.client(mode=mode)
+        for offset in (0, 3 * K):  # one that is there, one that is not
+            assert client.collect(client.ask(Command.WRITE, offset, 512, payload=b"x" * 512)).error == NbdError.EPERM
+        assert client.read(0, SIZE).data == CONTENT
+
+
 @pytest.mark.parametrize("flags", [0, CommandFlag.PAYLOAD_LEN])
 def test_a_write_with_extended_headers_may_say_that_it_has_a_payload(tmp_path: Path, way: str, flags: int) -> None:
     cowslice.create(tmp_path / "a", size=SIZE)
