@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,6 +39,29 @@ def test_what_is_encrypted_decrypts_and_each_sector_stands_alone(
     assert buffer == data
     for n in range(count):
         assert cipher.decrypt(first + n, secret[n * 512 : n * 512 + 512]) == data[n * 512 : n * 512 + 512]
+
+
+FIRSTS = st.integers(0, 1 << 32) | st.sampled_from([(1 << 32) - 3, 1 << 32, 1 << 55, (1 << 64) - 300])
+
+
+@given(cipher=ciphers(), first=FIRSTS, seed=st.binary(min_size=1, max_size=64), count=st.integers(0, 9) | st.just(300))
+def test_compiled_and_plain_passes_say_the_same(cipher: SectorCipher, first: int, seed: bytes, count: int) -> None:
+    plain = plain_twin(cipher)
+    data = (seed * (512 * count // len(seed) + 1))[: 512 * count]
+    secret = plain.encrypt(first, data)
+    assert cipher.encrypt(first, data) == secret
+    assert cipher.decrypt(first, secret) == plain.decrypt(first, secret) == data
+    ours, theirs = bytearray(data), bytearray(data)
+    cipher.decrypt_in_place(first, ours)
+    plain.decrypt_in_place(first, theirs)
+    assert ours == theirs
+
+
+def plain_twin(cipher: SectorCipher) -> SectorCipher:
+    """The same cipher, of plain passes only."""
+    twin = copy.copy(cipher)
+    twin.compiled = None
+    return twin
 
 
 @st.composite

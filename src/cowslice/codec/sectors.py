@@ -1,4 +1,4 @@
-"""Ciphers over 512-byte sectors, many sectors at a time: everything is built from one call of the bare block cipher.
+"""Ciphers over 512-byte sectors: AES through `codec.evp` where that can, else from one call of the bare block cipher.
 
 It does not know where keys come from, nor whether a sector number counts guest or host sectors.
 Loads `cryptography` and numpy: import it only where an encrypted image is opened.
@@ -15,6 +15,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from cowslice.codec.cipherspec import LEGACY_AES, CipherSpec
+from cowslice.codec.evp import EvpCipher, maybe_aes
 from cowslice.errors import CryptoError, OutOfRange
 from cowslice.units import SECTOR
 
@@ -31,9 +32,12 @@ _BIG_WORD = np.dtype(">u8")
 
 
 class SectorCipher:
-    """Decrypts and encrypts whole sectors with one key. May be used by many threads at once."""
+    """Decrypts and encrypts whole sectors with one key. May be used by many threads at once.
 
-    __slots__ = ("_block", "_iv_block", "_tweak_block", "spec")
+    `compiled` does the same without the GIL; None where only this can.
+    """
+
+    __slots__ = ("_block", "_iv_block", "_tweak_block", "compiled", "spec")
 
     def __init__(self, spec: CipherSpec, key: bytes) -> None:
         """Take `key`, of exactly `spec.key_bytes`. Raises CryptoError where this machine lacks the cipher."""
@@ -43,32 +47,38 @@ class SectorCipher:
         half = len(key) // 2 if spec.mode == "xts" else len(key)
         self._block = BlockCipher(spec.algorithm.name, key[:half])
         self._tweak_block = BlockCipher(spec.algorithm.name, key[half:]) if spec.mode == "xts" else None
-        self._iv_block = None
-        if spec.iv_source == "essiv":
-            self._iv_block = BlockCipher(spec.algorithm.name, hashlib.new(spec.iv_hash, key).digest())
+        iv_key = hashlib.new(spec.iv_hash, key).digest() if spec.iv_source == "essiv" else b""
+        self._iv_block = BlockCipher(spec.algorithm.name, iv_key) if iv_key else None
+        self.compiled: EvpCipher | None = None
+        if spec.algorithm.name == "aes":
+            self.compiled = maybe_aes(spec.mode, key, short_numbers=spec.iv_source == "plain", vector_key=iv_key)
 
     def decrypt(self, first_sector: int, data: ReadableBuffer) -> bytes:
         """The plaintext of whole sectors, of which the first has number `first_sector`."""
-        plain = bytearray(memoryview(data).nbytes)
-        self._passes(first_sector, memoryview(data), memoryview(plain), decrypting=True)
-        return bytes(plain)
+        return self._transformed(first_sector, memoryview(data).cast("B"), decrypting=True)
 
     def decrypt_in_place(self, first_sector: int, buffer: WriteableBuffer) -> None:
         """Replace the ciphertext of whole sectors by its plaintext."""
-        view = memoryview(buffer)
-        self._passes(first_sector, view, view, decrypting=True)
+        view = memoryview(buffer).cast("B")
+        _check_span(first_sector, len(view))
+        done = 0 if self.compiled is None else self.compiled.decipher_in_place(first_sector, view)
+        self._passes(first_sector + done, view[done * SECTOR :], view[done * SECTOR :], decrypting=True)
 
     def encrypt(self, first_sector: int, data: ReadableBuffer) -> bytes:
         """The ciphertext of whole sectors, of which the first has number `first_sector`."""
-        secret = bytearray(memoryview(data).nbytes)
-        self._passes(first_sector, memoryview(data), memoryview(secret), decrypting=False)
-        return bytes(secret)
+        return self._transformed(first_sector, memoryview(data).cast("B"), decrypting=False)
+
+    def _transformed(self, first_sector: int, source: memoryview, *, decrypting: bool) -> bytes:
+        _check_span(first_sector, len(source))
+        if self.compiled is not None:
+            found = self.compiled.transformed(first_sector, source, enciphering=not decrypting)
+            if found is not None:
+                return found
+        target = bytearray(len(source))
+        self._passes(first_sector, source, memoryview(target), decrypting=decrypting)
+        return bytes(target)
 
     def _passes(self, first_sector: int, source: memoryview, target: memoryview, *, decrypting: bool) -> None:
-        source, target = source.cast("B"), target.cast("B")
-        if len(source) % SECTOR or first_sector < 0 or first_sector + len(source) // SECTOR > 1 << 64:
-            asked = f"{len(source)} bytes from sector {first_sector}"
-            raise OutOfRange(f"{asked} asked of a cipher, expected whole {SECTOR}-byte sectors with 64-bit numbers")
         step = PASS_SECTORS * SECTOR
         for at in range(0, len(source), step):
             piece = source[at : at + step]
@@ -128,6 +138,12 @@ def legacy_aes(passphrase: bytes) -> SectorCipher:
     Sectors are numbered in the guest. QEMU uses AES-128 where the specification says 256 bits.
     """
     return SectorCipher(LEGACY_AES, passphrase[:16].ljust(16, b"\0"))
+
+
+def _check_span(first_sector: int, length: int) -> None:
+    if length % SECTOR or not 0 <= first_sector < 1 << 64 or first_sector + length // SECTOR > 1 << 64:
+        asked = f"{length} bytes from sector {first_sector}"
+        raise OutOfRange(f"{asked} asked of a cipher, expected whole {SECTOR}-byte sectors with 64-bit numbers")
 
 
 def _algorithm(name: str) -> Callable[[bytes], Any]:

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""What decoders of whole clusters through a library of the system share: how they find it, and how Python calls them.
+"""What compiled code shares that works through a library of the system: how it is found, and how Python decodes clusters.
 
 It knows no format and no library.
 """
