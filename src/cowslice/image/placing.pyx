@@ -14,6 +14,7 @@ from cowslice.cache.forms cimport COPIED, MAX_ENTRIES, OFFSET, ZERO, Mapped, bsw
 from cowslice.cache.loads cimport FOUND
 from cowslice.cache.slicemap cimport SliceMap
 from cowslice.image.claims cimport Claims
+from cowslice.image.deciphered cimport read_deciphered
 from cowslice.image.dirtybits cimport Marks
 from cowslice.image.hostread cimport iovec, read_host, reads_as_hole, write_parts
 from cowslice.image.inflated cimport InflatedClusters, Stream
@@ -52,6 +53,8 @@ cdef class Placing(Translation):
         if target.layer == NULL:
             memset(buffer, 0, length)
             return True
+        if not target.stored and target.layer.opaque:
+            return read_deciphered(target, buffer, length)
         if not target.stored:
             return read_host(&target.layer.file, buffer, length, target.host)
         stream.layer = target.layer.number
@@ -228,7 +231,9 @@ cdef class Placing(Translation):
             return True
         if not self.locate(start, length, False, &target) or target.length < length or target.stored:
             return False
-        return target.layer == NULL or reads_as_hole(target.layer.file.fd, target.host, length)
+        if target.layer == NULL:
+            return True
+        return not target.layer.opaque and reads_as_hole(target.layer.file.fd, target.host, length)
 
     cdef bint show(self, PlainLayer *layer, Place *place) noexcept nogil:
         """Store the entries that the clusters have now."""

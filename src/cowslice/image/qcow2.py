@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Protocol
 
 from cowslice.cache.slicemap import SliceMap
+from cowslice.codec.evp import EvpCipher
 from cowslice.errors import CorruptImage, CryptoError, RequestError
 from cowslice.format.entries import L1_OFFSET_MASK, Entry, Kind, decode_entry, subcluster_runs
 from cowslice.format.first_cluster import FirstCluster
@@ -33,7 +34,12 @@ class EntrySource(Protocol):
 
 
 class SectorCipher(Protocol):
-    """What deciphers 512-byte sectors in place of their initialization vectors."""
+    """What deciphers 512-byte sectors in place of their initialization vectors.
+
+    `compiled` does the same without the GIL; None where only these methods can.
+    """
+
+    compiled: EvpCipher | None
 
     def decrypt(self, first_sector: int, data: bytes) -> bytes:
         """Return the plain bytes of whole sectors, the first of which has number `first_sector`."""
@@ -69,6 +75,8 @@ class Qcow2Layer(Layer):
         self._data_file = first.header.has_data_file
         self._version = first.header.version
         self._encrypted = first.header.crypt_method != CryptMethod.NONE
+        # LUKS numbers the sectors of the host file, the old method those of the guest disk.
+        self._luks = first.header.crypt_method == CryptMethod.LUKS
 
     @property
     def shows_offsets(self) -> bool:
@@ -121,8 +129,9 @@ class Qcow2Layer(Layer):
         fast.add_qcow2(
             self.slices, size=self.size, data=self.data if self._has_data else None,
             cluster_bits=self.geometry.cluster_bits, extended_l2=self.geometry.extended_l2, version=self._version,
-            data_file=self._data_file, opaque=self._encrypted, inflated=self.compressed.inflated,
-            number=self.compressed.layer, zstd=self.compressed.zstd)
+            data_file=self._data_file, opaque=self._encrypted,
+            cipher=None if self.cipher is None else self.cipher.compiled, guest_sectors=not self._luks,
+            inflated=self.compressed.inflated, number=self.compressed.layer, zstd=self.compressed.zstd)
 
     def adopt(self, first: FirstCluster) -> None:
         """Take over a first cluster that is on disk now; only a writer changes it."""
@@ -199,8 +208,6 @@ class Qcow2Layer(Layer):
         """Read the whole sectors around the piece; guest and host offsets agree modulo a sector."""
         skew = piece.start % SECTOR
         length = round_up(skew + piece.length, SECTOR)
-        # LUKS numbers the sectors of the host file, the old method those of the guest disk.
-        luks = self.header is not None and self.header.crypt_method == CryptMethod.LUKS
-        first = ((piece.host if luks else piece.start) - skew) // SECTOR
+        first = ((piece.host if self._luks else piece.start) - skew) // SECTOR
         plain = cipher.decrypt(first, self.data.read(piece.host - skew, length))
         buffer[:] = plain[skew : skew + piece.length]

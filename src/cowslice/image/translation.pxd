@@ -3,6 +3,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from cowslice.cache.slicemap cimport SliceCache, SliceMap
+from cowslice.codec.evp cimport EvpCipher
 from cowslice.image.hostread cimport File
 from cowslice.image.fences cimport Fences
 from cowslice.image.inflated cimport InflatedClusters
@@ -16,7 +17,9 @@ cdef struct PlainLayer:
     bint extended
     bint version2
     bint data_file
-    bint opaque             # its clusters cannot be read as they are (encrypted)
+    bint opaque             # its normal clusters are enciphered
+    bint guest_sectors      # and their sectors are numbered in the guest, else in the host file
+    void *cipher            # an EvpCipher that deciphers them, or NULL where only Python can; Translation keeps it alive
     void *inflated          # its compressed clusters, or NULL where only Python can read them; Translation keeps them alive
     uint32_t number         # of the layer, among those that share `inflated`
     bint zstd               # its compressed clusters are zstd frames, else deflate streams
@@ -28,6 +31,7 @@ cdef struct Target:
     PlainLayer *layer       # NULL: zeros
     uint64_t stored         # of a compressed cluster: the bytes from `host` in which its stream ends; else 0
     uint64_t skip           # and how far into the cluster the wanted bytes begin
+    uint64_t sector         # of an opaque layer: the number, to its cipher, of the sector that the first byte lies in
 
 cdef class Translation:
     cdef PlainLayer *layers
@@ -35,6 +39,7 @@ cdef class Translation:
     cdef uint32_t maps_count
     cdef list maps
     cdef list inflating     # what `inflated` of the layers points to
+    cdef list ciphers       # and what `cipher` does
     cdef SliceCache cache   # shared by all maps; None where every layer is raw
     cdef readonly uint64_t size
     cdef bint in_memory     # so are all layers and their maps

@@ -1,4 +1,5 @@
 from cowslice.cache.slicemap import SliceMap
+from cowslice.codec.evp import EvpCipher
 from cowslice.image.inflated import InflatedClusters
 from cowslice.storage.base import Storage
 
@@ -17,6 +18,8 @@ class Translation:
         version: int,
         data_file: bool,
         opaque: bool,
+        cipher: EvpCipher | None = None,
+        guest_sectors: bool = False,
         inflated: InflatedClusters | None = None,
         number: int = 0,
         zstd: bool = False,

@@ -1,8 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """From guest bytes to host bytes through a chain of layers, without the GIL.
 
-It reads and writes nothing but maps. What is not plain (encrypted, faulty, no descriptor) it does not find: image.reading
-deals with that, and raises what there is to raise.
+It reads and writes nothing but maps. What is not plain (faulty, without descriptor or cipher) it does not find: image.reading
+deals with that, and raises what there is to raise. What it finds in an opaque layer must be deciphered by who reads it.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -12,6 +12,7 @@ from libc.string cimport memset
 from cowslice.cache.loads cimport FOUND
 from cowslice.cache.packing cimport Mapped
 from cowslice.cache.slicemap cimport SliceMap
+from cowslice.codec.evp cimport EvpCipher
 from cowslice.image.hostread cimport IN_MEMORY, manner_of
 from cowslice.image.inflated cimport InflatedClusters, Stream
 
@@ -22,6 +23,7 @@ cdef uint64_t COPIED = <uint64_t> 1 << 63
 cdef uint64_t COMPRESSED = <uint64_t> 1 << 62
 cdef uint64_t ZERO = 1
 cdef uint64_t OFFSET = 0x00FFFFFFFFFFFE00
+cdef uint32_t SECTOR_BITS = 9  # enciphered are sectors of 512 bytes
 cdef uint64_t MAX_HOST_OFFSET = (<uint64_t> 1 << 56) - 1  # format.entries has its reason
 
 
@@ -39,6 +41,7 @@ cdef class Translation:
     def __cinit__(self):
         self.maps = []
         self.inflating = []
+        self.ciphers = []
         self.in_memory = True
 
     def __dealloc__(self):
@@ -60,9 +63,11 @@ cdef class Translation:
         self.in_memory &= layer.file.manner == IN_MEMORY
 
     def add_qcow2(self, SliceMap slices not None, *, uint64_t size, data, int cluster_bits, bint extended_l2, int version,
-                  bint data_file, bint opaque, InflatedClusters inflated=None, uint32_t number=0, bint zstd=False):
+                  bint data_file, bint opaque, EvpCipher cipher=None, bint guest_sectors=False,
+                  InflatedClusters inflated=None, uint32_t number=0, bint zstd=False):
         """Add a qcow2 layer of `size` guest bytes whose normal clusters lie in the storage `data`, or None.
 
+        An `opaque` layer is read here if its `cipher` is given, which numbers sectors in the host file unless `guest_sectors`.
         Compressed clusters, of the layer `number` of `inflated`, are read here if that is given and there is no data file;
         they are deflate streams, or `zstd`.
         """
@@ -75,6 +80,10 @@ cdef class Translation:
         layer.version2 = version < 3
         layer.data_file = data_file
         layer.opaque = opaque
+        layer.guest_sectors = guest_sectors
+        if opaque and cipher is not None:
+            self.ciphers.append(cipher)
+            layer.cipher = <void *> cipher
         layer.number = number
         layer.zstd = zstd
         if inflated is not None and not data_file and layer.file.fd >= 0:
@@ -183,10 +192,11 @@ cdef class Translation:
 
     cdef bint to_host(self, PlainLayer *layer, uint64_t word, uint64_t offset, Target *out) noexcept nogil:
         cdef uint64_t mask = (<uint64_t> 1 << layer.cluster_bits) - 1
-        if layer.opaque or layer.file.fd < 0 or word & OFFSET & mask:
+        if (layer.opaque and layer.cipher == NULL) or layer.file.fd < 0 or word & OFFSET & mask:
             return False
         out.layer = layer
         out.host = (word & OFFSET) + (offset & mask)
+        out.sector = (offset if layer.guest_sectors else out.host) >> SECTOR_BITS
         return not layer.data_file or out.host == offset
 
     cdef bint to_stream(self, PlainLayer *layer, uint64_t word, uint64_t bitmap, uint64_t offset, uint64_t *want,
@@ -211,7 +221,7 @@ cdef class Translation:
         cdef uint64_t within, reach
         cdef bint below = False
         out.layer = NULL
-        if offset >= layer.size or not self.writes_in_place or layer.file.fd < 0:
+        if offset >= layer.size or not self.writes_in_place or layer.opaque or layer.file.fd < 0:
             return False
         if layer.map == NULL:
             out.layer = layer

@@ -8,12 +8,14 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from cowslice.cache.pthread cimport pthread_mutex_lock, pthread_mutex_unlock
+from cowslice.image.deciphered cimport read_deciphered_at_once
 from cowslice.image.hostread cimport read_at_once
 from cowslice.image.translation cimport Target
 from cowslice.serve.nbd_frames cimport DONT_FRAGMENT, REPLY_DONE, SIMPLE, Arena, Ask, put_data, put_hole, reserve
 
 cdef enum:
     LEAST_HOLE = 4096           # a shorter hole costs more as a chunk of its own than as zeros
+    MOST_DECIPHERED = 32 << 10  # bytes at once: with more of them another thread is quicker
 
 
 cdef class Answering:
@@ -32,17 +34,20 @@ cdef class Answering:
         if self.fast.maps_count:
             pthread_mutex_unlock(&self.fast.cache.lock)
 
-    cdef bint inflates(self, const Ask *ask, Target *target) noexcept nogil:
-        """Whether a read of a disk in memory begins in a compressed cluster, which is work enough for another thread."""
+    cdef bint takes_long(self, const Ask *ask, Target *target) noexcept nogil:
+        """Whether a read of a disk in memory begins with what is work enough for another thread: to inflate, or to decipher."""
         if target.length == 0 and not self.fast.locate(ask.offset, ask.length, False, target):
             return False
-        return target.stored != 0
+        return target.stored != 0 or self.is_much(ask, target)
+
+    cdef bint is_much(self, const Ask *ask, const Target *target) noexcept nogil:
+        return target.layer != NULL and target.layer.opaque and ask.length > MOST_DECIPHERED
 
     cdef bint answer(self, const Ask *ask, const Target *target, Arena *out) noexcept nogil:
         """A read that lies in one piece and needs no waiting; False for any other."""
         cdef uint64_t before = out.used
         cdef uint8_t *data
-        if target.length < ask.length or target.stored:
+        if target.length < ask.length or target.stored or self.is_much(ask, target):
             return False
         if target.layer == NULL and self.mode != SIMPLE and not ask.flags & DONT_FRAGMENT and ask.length >= LEAST_HOLE:
             return put_hole(self.mode, out, ask, ask.offset, ask.length, REPLY_DONE)
@@ -51,10 +56,15 @@ cdef class Answering:
         data = put_data(self.mode, out, ask, ask.offset, ask.length, REPLY_DONE)
         if target.layer == NULL:
             memset(data, 0, ask.length)
-        elif not read_at_once(&target.layer.file, data, ask.length, target.host):
+        elif not self.read_here(target, data, ask.length):
             out.used = before
             return False
         return True
+
+    cdef bint read_here(self, const Target *target, uint8_t *data, uint64_t length) noexcept nogil:
+        if target.layer.opaque:
+            return read_deciphered_at_once(target, data, length)
+        return read_at_once(&target.layer.file, data, length, target.host)
 
     cdef bint answer_slowly(self, const Ask *ask, Arena *out) noexcept nogil:
         """Any plain read, piece by piece, loading what is not resident. False, and nothing in the arena, where Python must help."""

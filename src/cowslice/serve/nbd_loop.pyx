@@ -1,8 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """The compiled transmission of one NBD connection: every request that one `recv` brings, answered by one `send`.
 
-It answers plain reads and writes in place; what would wait for a device, or takes long to inflate, goes to workers of this
-connection, without the GIL; all else is handed over to Python, which knows commands, contexts and errors. It does not know
+It answers plain reads and writes in place; what would wait for a device, or takes long to inflate or decipher, goes to workers of
+this connection, without the GIL; all else is handed over to Python, which knows commands, contexts and errors. It does not know
 the handshake nor who listens. What must hold: no lock is kept across I/O on an image, a reply is sent whole, and a client
 that stalls, vanishes or lies costs nobody but itself.
 """
@@ -336,7 +336,7 @@ cdef class Loop(Answering):
 
     cdef bint answer_later(self, const Ask *ask, Target *target) noexcept nogil:
         """A read that could not be answered at once: by a worker, slowly, or by Python. False: the connection is broken."""
-        if not self.fast.in_memory or self.inflates(ask, target):
+        if not self.fast.in_memory or self.takes_long(ask, target):
             return self.enqueue(ask)
         if self.answer_slowly(ask, &self.out):
             record(self.fast.recorder, ASKED_READ, ask.offset, ask.length)
