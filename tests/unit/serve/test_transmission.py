@@ -73,12 +73,32 @@ def test_requests_pipelined_in_one_packet_are_all_answered(disk: cowslice.Image,
     assert [replies[n + 1].data for n in range(200)] == [CONTENT[offset : offset + 4096] for offset in offsets]
 
 
-def test_requests_that_come_byte_by_byte_are_answered(disk: cowslice.Image, way: str) -> None:
-    with wired(disk, way=way) as wire:
-        client = wire.client()
-        for byte in client.request(Command.READ, 100, 10):
-            wire.socket.sendall(bytes([byte]))
-        assert client.collect(1).data == CONTENT[100:110]
+@pytest.mark.parametrize("mode, flags", [*((mode, 0) for mode in MODES), (Mode.EXTENDED, CommandFlag.PAYLOAD_LEN)])
+@pytest.mark.parametrize("piece", [1, 7, 29, 4093])
+def test_requests_that_come_in_pieces_are_answered(
+    tmp_path: Path, way: str, mode: Mode, flags: int, piece: int
+) -> None:
+    """Some end with a header, some in the middle of one, some in a payload."""
+    cowslice.create(tmp_path / "a", size=SIZE)
+    with cowslice.open(tmp_path / "a", "r+") as disk:
+        disk.write(0, CONTENT)
+    with cowslice.open(tmp_path / "a", "r+") as disk, wired(disk, way=way, writable=True) as wire:
+        client = wire.client(mode=mode)
+        said = b"".join((
+            client.request(Command.READ, 2 * K + 100, 10),
+            client.request(Command.WRITE, 7, 1000, flags=flags, payload=bytes(range(250)) * 4),
+            client.request(Command.FLUSH),
+            client.request(Command.WRITE, 3 * K, 333, flags=flags | CommandFlag.FUA, payload=b"y" * 333),
+            client.request(Command.WRITE, SIZE, 1, flags=flags, payload=b"z"),
+            client.request(Command.READ, 5 * K, 600),
+        ))
+        for start in range(0, len(said), piece):
+            wire.socket.sendall(said[start : start + piece])
+        replies = client.answers(6)
+        assert [replies[n + 1].error for n in range(6)] == [0, 0, 0, 0, NbdError.ENOSPC, 0]
+        assert (replies[1].data, replies[6].data) == (bytes(10), CONTENT[5 * K : 5 * K + 600])
+        assert client.read(0, 2000).data == CONTENT[:7] + bytes(range(250)) * 4 + CONTENT[1007:2000]
+        assert client.read(3 * K, 400).data == b"y" * 333 + CONTENT[3 * K + 333 : 3 * K + 400]
 
 
 def test_requests_right_behind_the_negotiation_are_answered(disk: cowslice.Image, way: str) -> None:
@@ -298,21 +318,6 @@ def test_a_client_that_takes_nothing_is_put_out(disk: cowslice.Image, way: str) 
         wire.socket.sendall(b"".join(client.request(Command.READ, 0, SIZE, flags=CommandFlag.DF) for _ in range(40)))
         wire.thread.join(20)
         assert not wire.thread.is_alive()
-
-
-def test_a_slow_answer_is_no_idleness(path: Path) -> None:
-    held = HeldStorage(FileStorage(path))
-    held.release()
-    with cowslice.open(held, warmup="full") as disk:
-        disk.wait_warm()
-        with wired(disk, way="python", limits=Limits(idle_timeout=0.1)) as wire:
-            client = wire.client()
-            held.hold()
-            slow = client.ask(Command.READ, 0, 512)
-            held.wait_for(1)
-            time.sleep(0.4)
-            held.release()
-            assert client.collect(slow).data == CONTENT[:512]
 
 
 def test_stopping_answers_what_has_come(path: Path, way: str) -> None:
