@@ -59,6 +59,11 @@ class ServerTransmission:
         """Refuse every request from now on with ESHUTDOWN; those given out before are still to be answered."""
         self._stopping = True
 
+    @property
+    def refused(self) -> BadRequest | None:
+        """The request that `next_event` will refuse once its payload has gone by."""
+        return self._refused
+
     def take_leftover(self) -> bytes:
         """Every byte that belongs to no request yet. Raises LocalProtocolError in the middle of a payload."""
         if self._waiting is not None or self._refused is not None:

@@ -11,7 +11,7 @@ from functools import partial
 
 from cowslice.errors import RemoteProtocolError
 from cowslice.image.fastpath import FastPath
-from cowslice.nbd.events import BadRequest, Request, Session
+from cowslice.nbd.events import BadRequest, Need, Request, Session
 from cowslice.nbd.requests import fault_of
 from cowslice.nbd.server_side import ServerTransmission
 from cowslice.nbd.wire import (
@@ -35,7 +35,7 @@ from cowslice.serve.workers import Workers
 _BARE = (Command.READ, Command.WRITE, Command.FLUSH, Command.TRIM, Command.CACHE, Command.WRITE_ZEROES)
 # They come from the loop itself, which must go on meanwhile.
 _LONG = (Command.BLOCK_STATUS, Command.CACHE, Command.FLUSH, Command.TRIM, Command.WRITE_ZEROES)
-GARBAGE, IDLE, FAULT = "garbage", "idle", "fault"  # of nbd_loop.ENDS, those that are worth a word
+GARBAGE, IDLE = "garbage", "idle"  # of nbd_loop.ENDS, those that are worth a word
 
 
 class CompiledTransmission:
@@ -45,13 +45,12 @@ class CompiledTransmission:
                  counters: Counters, name: str) -> None:
         self._session = session
         self._answers = answers
-        self._own = counters
-        self._failed = 0  # of the reads that the loop counts
+        self._counters = counters
         self._workers = Workers(limits.workers, name)
         self._loop = Loop(
             stream.fileno(), fast, mode=session.mode, size=session.size,
             writable=not session.flags & ExportFlag.READ_ONLY, max_request=session.block_sizes.maximum,
-            most_requests=limits.most_requests, most_bytes=limits.most_bytes, idle=limits.idle_timeout,
+            most_requests=limits.most_requests, most_bytes=limits.most_bytes,
             poll_max_ns=limits.poll_max_ns, handover=self._take)
 
     def run(self, leftover: bytes) -> None:
@@ -63,55 +62,59 @@ class CompiledTransmission:
             end = self._loop.run(leftover)
         finally:
             self._workers.end()
+        if self._loop.fault is not None:
+            raise self._loop.fault
         if end == GARBAGE:
             raise RemoteProtocolError("the client broke the NBD protocol: what it sent is no request")
         if end == IDLE:
             raise TimeoutError
-        if end == FAULT and self._loop.fault is not None:
-            raise self._loop.fault
 
     def counters(self) -> Counts:
         """What the loop and Python counted together."""
         total = LoopCounters(self._loop).counters()
-        add_counts(total, self._own.counters())
-        total["errors"] += self._failed
+        add_counts(total, self._counters.counters())
         return total
 
-    def _take(self, command: int, flags: int, cookie: int, offset: int, length: int, payload: bytes) -> None:
-        """Judge a request, and answer it here or leave it to a worker.
-
-        A read that could wait for a device comes from a worker of the loop, and one that comes from the loop itself has
-        all it needs in memory: another thread would only be one more that wants the interpreter.
-        """
+    def _take(self, command: int, flags: int, cookie: int, offset: int, length: int, payload: bytes, arrived: int,
+              cost: int) -> None:
+        """Judge a request, and answer it here or leave it to a worker."""
         request = judged(self._session, command, flags, cookie, offset, length, payload)
-        serve = partial(self._serve, request, length, time.perf_counter_ns())
-        if isinstance(request, Request) and request.command in _LONG:
+        serve = partial(self._serve, request, arrived, cost)
+        if self._is_long(request) and self._loop.is_home():
             self._workers.submit(serve)
         else:
             serve()
 
-    def _serve(self, request: Request | BadRequest, length: int, arrived: int) -> None:
+    def _is_long(self, request: Request | BadRequest) -> bool:
+        """Whether the thread that takes requests in would be kept waiting.
+
+        A read that has to wait comes from a worker of the loop. What has all it needs in memory is done sooner than
+        another thread, which would only be one more that wants the interpreter, gets to it.
+        """
+        if isinstance(request, BadRequest):
+            return False
+        if request.command == Command.WRITE:
+            return self._loop.waits or bool(request.flags & CommandFlag.FUA)
+        return request.command in _LONG
+
+    def _serve(self, request: Request | BadRequest, arrived: int, cost: int) -> None:
         try:
             parts, failed = self._answers.answer(request)
-            if not self._loop.reply(*parts):
-                return
-            if not self._is_counted(request):
-                count_answer(self._own, request, time.perf_counter_ns() - arrived, failed=failed)
-            elif failed:
-                self._failed += 1
+            if self._loop.reply(*parts):
+                count_answer(self._counters, request, time.monotonic_ns() - arrived, failed=failed)
+        except Exception as fault:
+            self._loop.abandon(fault)  # or the client would wait for an answer that never comes
         finally:
-            self._loop.finish(length)
-
-    @staticmethod
-    def _is_counted(request: Request | BadRequest) -> bool:
-        """Whether the loop has counted it: it counts every sound read, whoever answers it."""
-        return isinstance(request, Request) and request.command == Command.READ and request.length > 0
+            self._loop.finish(cost)
 
 
 def judged(
     session: Session, command: int, flags: int, cookie: int, offset: int, length: int, payload: bytes
 ) -> Request | BadRequest:
-    """What the protocol's own half says about a request: the loop takes it apart, that half judges it."""
+    """What the protocol's own half says about a request: the loop takes it apart, that half judges it.
+
+    The payload may be missing where that half refuses the request by its header.
+    """
     if command in _BARE and not flags & CommandFlag.PAYLOAD_LEN:
         request = Request(command, flags, cookie, offset, length, payload=payload)
         fault = fault_of(session, request)
@@ -120,5 +123,6 @@ def judged(
     layout, magic = (EXTENDED_REQUEST, EXTENDED_REQUEST_MAGIC) if extended else (COMPACT_REQUEST, REQUEST_MAGIC)
     protocol = ServerTransmission(session, layout.pack(magic, flags, command, cookie, offset, length) + payload)
     event = protocol.next_event()
-    assert isinstance(event, (Request, BadRequest))
-    return event
+    found = protocol.refused if isinstance(event, Need) else event
+    assert isinstance(found, (Request, BadRequest))
+    return found

@@ -13,7 +13,8 @@ cdef struct Ask:
     uint64_t cookie
     uint64_t offset
     uint64_t length
-    uint64_t arrived        # nanoseconds
+    uint64_t arrived        # nanoseconds of the monotonic clock
+    uint64_t cost           # bytes that it holds until it is answered; set when it does not go at once
     uint16_t flags
     uint16_t command
 
@@ -21,6 +22,8 @@ cdef enum:
     READ = 0
     WRITE = 1
     DISC = 2
+    CACHE = 5
+    BLOCK_STATUS = 7
     FUA = 1
     DONT_FRAGMENT = 4
     PAYLOAD_LEN = 32

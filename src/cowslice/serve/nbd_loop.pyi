@@ -1,13 +1,13 @@
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from cowslice.image.fastpath import FastPath
-from cowslice.serve.nbd_answering import Answering
+from cowslice.serve.nbd_inflight import InFlight
 
 ENDS: Final[tuple[str, ...]]
 
-class Loop(Answering):
-    fault: BaseException | None
+class Loop(InFlight):
+    room: int
     def __init__(
         self,
         descriptor: int,
@@ -19,13 +19,9 @@ class Loop(Answering):
         max_request: int = ...,
         most_requests: int = ...,
         most_bytes: int = ...,
-        idle: float = ...,
         poll_max_ns: int = ...,
-        handover: Callable[[int, int, int, int, int, bytes], object],
+        handover: Callable[[int, int, int, int, int, bytes, int, int], object],
     ) -> None: ...
+    @property
+    def waits(self) -> bool: ...
     def run(self, leftover: bytes = b"") -> str: ...
-    def reply(self, *parts: bytes | bytearray | memoryview) -> bool: ...
-    def finish(self, length: int) -> None: ...
-    def stop(self) -> None: ...
-    def abandon(self) -> None: ...
-    def counters(self) -> dict[str, Any]: ...

@@ -19,6 +19,8 @@ cdef struct Tally:
     uint64_t latencies[LATENCIES]
     uint32_t heat[HEAT]
 
-cdef void count_reads(Tally *tally, uint64_t size, const Ask *asks, uint32_t count, uint64_t now) noexcept nogil
+cdef void count_reads(Tally *tally, uint64_t size, const Ask *asks, const bint *answered, uint32_t asked,
+                      uint64_t now) noexcept nogil
+cdef void count_read(Tally *tally, uint64_t size, const Ask *ask, uint64_t now) noexcept nogil
 cdef void count_write(Tally *tally, uint64_t size, const Ask *ask, uint64_t now) noexcept nogil
 cdef dict describe(const Tally *tally)

@@ -12,24 +12,33 @@ cdef extern from *:
     int leading_zeros "__builtin_clzll"(uint64_t) noexcept nogil
 
 
-cdef void count_reads(Tally *tally, uint64_t size, const Ask *asks, uint32_t count, uint64_t now) noexcept nogil:
-    """Add reads of a disk of `size` bytes that were answered at `now` (nanoseconds)."""
-    cdef uint64_t part = max((size + HEAT - 1) // HEAT, <uint64_t> 1), took
+cdef inline void count(Tally *tally, uint64_t size, const Ask *ask, uint64_t now) noexcept nogil:
+    """Add what reads and writes have in common."""
+    cdef uint64_t part = max((size + HEAT - 1) // HEAT, <uint64_t> 1), took = now - ask.arrived
+    tally.latency_sum += took
+    tally.latencies[min(64 - leading_zeros(took // 1000 | 1), LATENCIES - 1)] += 1
+    tally.heat[ask.offset // part] += 1
+
+
+cdef void count_reads(
+        Tally *tally, uint64_t size, const Ask *asks, const bint *answered, uint32_t asked, uint64_t now) noexcept nogil:
+    """Add those reads of a disk of `size` bytes that are `answered` at `now` (nanoseconds)."""
     cdef uint32_t i
-    for i in range(count):
-        took = now - asks[i].arrived
-        tally.bytes += asks[i].length
-        tally.latency_sum += took
-        tally.latencies[min(64 - leading_zeros(took // 1000 | 1), LATENCIES - 1)] += 1
-        tally.heat[asks[i].offset // part] += 1
-    tally.reads += count
+    for i in range(asked):
+        if answered[i]:
+            count_read(tally, size, &asks[i], now)
+
+
+cdef void count_read(Tally *tally, uint64_t size, const Ask *ask, uint64_t now) noexcept nogil:
+    """Add one read that is answered at `now`."""
+    count(tally, size, ask, now)
+    tally.reads += 1
+    tally.bytes += ask.length
 
 
 cdef void count_write(Tally *tally, uint64_t size, const Ask *ask, uint64_t now) noexcept nogil:
-    """Add a write, as count_reads adds reads."""
-    count_reads(tally, size, ask, 1, now)
-    tally.reads -= 1
-    tally.bytes -= ask.length
+    """Add one write that is answered at `now`."""
+    count(tally, size, ask, now)
     tally.writes += 1
     tally.written += ask.length
 

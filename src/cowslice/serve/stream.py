@@ -45,7 +45,8 @@ class Stream:
         self.socket.settimeout(None)
         if idle_timeout:
             # In the kernel, so that it holds for whoever uses the descriptor.
-            value = struct.pack("ll", int(idle_timeout), int(idle_timeout % 1 * 1_000_000))
+            microseconds = max(int(idle_timeout * 1_000_000), 1)  # none at all would be no limit
+            value = struct.pack("ll", *divmod(microseconds, 1_000_000))
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
 

@@ -72,6 +72,7 @@ class Transmission:
         self._workers = Workers(limits.workers, name)
         self._under_way = InFlight(limits.most_requests, limits.most_bytes)
         self._gone = False
+        self._fault: Exception | None = None  # why we gave the connection up, where somebody must be told
 
     def run(self, leftover: bytes) -> None:
         """Serve until the client leaves, is idle for too long or breaks the protocol; `leftover` came already.
@@ -86,6 +87,8 @@ class Transmission:
                 self._workers.submit(partial(self._serve, request, size, time.perf_counter_ns()))
         finally:
             self._workers.end()
+        if self._fault is not None:
+            raise self._fault
 
     def counters(self) -> Counts:
         """What was counted so far."""
@@ -107,10 +110,11 @@ class Transmission:
 
     def _receive(self) -> bytes:
         while True:
+            waits_for_us = not self._under_way.empty
             try:
                 return self._stream.recv(RECEIVED_AT_ONCE)
             except TimeoutError:
-                if self._under_way.empty:
+                if not waits_for_us:
                     raise
 
     def _serve(self, request: Request | BadRequest, size: int, arrived: int) -> None:
@@ -121,10 +125,16 @@ class Transmission:
                 self._stream.send(parts)
                 self._count(request, arrived, failed)
         except OSError:
-            self._gone = True
-            self._stream.abort()
+            self._give_up()
+        except Exception as fault:
+            self._fault = fault
+            self._give_up()
         finally:
             self._under_way.leave(size)
+
+    def _give_up(self) -> None:
+        self._gone = True
+        self._stream.abort()
 
     def _count(self, request: Request | BadRequest, arrived: int, failed: bool) -> None:
         count_answer(self._counters, request, time.perf_counter_ns() - arrived, failed=failed)

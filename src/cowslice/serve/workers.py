@@ -25,12 +25,19 @@ class Workers:
         self._lock = threading.Lock()
 
     def submit(self, task: Task) -> None:
-        """Have it done by a thread that is free, else by a new one, else by the first that is free again."""
-        self._tasks.put(task)
+        """Have it done by a thread that is free, else by a new one, else by the first that is free again.
+
+        Where the system has no thread for it, it is done before this returns.
+        """
         with self._lock:
             self._undone += 1
             if self._undone > len(self._threads) and len(self._threads) < self._most:
                 self._hire()
+            alone = not self._threads
+        if alone:
+            self._do(task)
+        else:
+            self._tasks.put(task)
 
     def end(self) -> None:
         """Return when all that was handed in is done and every thread has gone."""
@@ -45,17 +52,18 @@ class Workers:
         try:
             thread.start()
         except RuntimeError:  # the system has no more threads: those that are there will do
-            if not self._threads:
-                raise
             return
         self._threads.append(thread)
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
-            task()
+            self._do(task)
             del task  # it may hold a large payload
-            with self._lock:
-                self._undone -= 1
+
+    def _do(self, task: Task) -> None:
+        task()
+        with self._lock:
+            self._undone -= 1
 
 
 class InFlight:
