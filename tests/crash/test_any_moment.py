@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -97,17 +96,15 @@ def test_no_crash_loses_what_was_flushed(seed: int, tmp_path: Path) -> None:
     survive(files, seed, count=25, limit=10)
 
 
-@pytest.mark.parametrize("seed", range(12, 20))
+COMPILED = [
+    *(shape_by_chance(random.Random(seed)) for seed in range(12, 20)), Shape(4096, encryption="aes"),
+    Shape(16384, encryption="aes", extended_l2=True, backing="qcow2"), Shape(512, encryption="aes", backing="short")]
+
+
+@pytest.mark.parametrize("seed, shape", list(enumerate(COMPILED, 12)))
 @peers.needs("qemu-img")
-def test_no_crash_loses_what_was_flushed_when_compiled_code_writes(seed: int, tmp_path: Path) -> None:
-    files = make_files(plain_shape(seed), tmp_path)
-    survive(files, seed, count=30, limit=8, compiled=True)
-
-
-def plain_shape(seed: int) -> Shape:
-    """Compiled code leaves encrypted clusters to others."""
-    shape = shape_by_chance(random.Random(seed))
-    return dataclasses.replace(shape, encryption="none")
+def test_no_crash_loses_what_was_flushed_when_compiled_code_writes(seed: int, shape: Shape, tmp_path: Path) -> None:
+    survive(make_files(shape, tmp_path), seed, count=30, limit=8, compiled=True)
 
 
 @peers.needs("qemu-img")
@@ -151,5 +148,5 @@ def test_no_crash_loses_what_was_flushed_in_longer_runs(seed: int, tmp_path: Pat
 @pytest.mark.parametrize("seed", range(300, 380))
 @peers.needs("qemu-img")
 def test_no_crash_loses_what_was_flushed_in_longer_runs_of_compiled_code(seed: int, tmp_path: Path) -> None:
-    files = make_files(plain_shape(seed), tmp_path)
+    files = make_files(shape_by_chance(random.Random(seed)), tmp_path)
     survive(files, seed, count=80, limit=30, compiled=True)

@@ -59,9 +59,14 @@ def said(disk: cowslice.Image) -> list[tuple[int, int]]:
     return [(words[at] & ~OFFSET_MASK, words[at + 1] if step == 16 else 0) for at in range(0, len(words), step // 8)]
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_the_compiled_path_leaves_what_the_plain_one_leaves(seed: int, tmp_path: Path) -> None:
-    shape = shape_by_chance(random.Random(500 + seed))
+ENCRYPTED = [
+    Shape(encryption="aes"), Shape(4096, encryption="luks"), Shape(512, encryption="aes", backing="short"),
+    Shape(16384, encryption="aes", extended_l2=True, backing="qcow2")]  # fmt: skip
+SHAPES = [*(shape_by_chance(random.Random(500 + seed)) for seed in range(12)), *ENCRYPTED]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_compiled_path_leaves_what_the_plain_one_leaves(shape: Shape, tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     plain = make_files(shape, tmp_path / "plain")
     if shape.data_file != "none":
@@ -71,7 +76,7 @@ def test_the_compiled_path_leaves_what_the_plain_one_leaves(seed: int, tmp_path:
         with files.open() as disk:
             assert disk.fast_path is not None
             disk.fast_path.writes_in_place = compiled
-            play(disk, random.Random(seed), 40)
+            play(disk, random.Random(shape.size), 60)
             seen.append((disk.read(0, disk.size), said(disk)))
         files.check()
         assert files.qemu_reads() == seen[-1][0]
@@ -101,6 +106,21 @@ def test_plain_writes_never_ask_the_plain_path(shape: Shape, tmp_path: Path, slo
         for at in range(100, disk.size - 700, 30_000):
             disk.write(at, b"w" * 700)
         assert not slow
+    files.check()
+
+
+@pytest.mark.parametrize("shape", ENCRYPTED, ids=str)
+def test_whole_sectors_are_enciphered_without_the_plain_path_and_ragged_ones_by_it(
+    shape: Shape, tmp_path: Path, slow: list[int]
+) -> None:
+    files = make_files(shape, tmp_path)
+    with files.open() as disk:
+        for _ in range(2):  # to new clusters, and over what is there then
+            for at in range(512, disk.size - 1024, 30 * UNIT):
+                disk.write(at, b"w" * 1024)
+        assert not slow
+        disk.write(100, b"r" * 1024)
+        assert slow == [100]
     files.check()
 
 

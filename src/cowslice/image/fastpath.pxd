@@ -15,6 +15,7 @@ cdef class FastPath(Placing):
     cdef readonly Recorder recorder     # of what is asked here; it runs while a capture is open
     cdef uint64_t read_lone(self, uint64_t offset, uint8_t *buffer, uint64_t length) noexcept nogil
     cdef uint64_t write_span(self, uint64_t offset, const uint8_t *buffer, uint64_t length) noexcept nogil
+    cdef uint64_t overwrite(self, uint64_t offset, const uint8_t *buffer, uint64_t length) noexcept nogil
     cdef uint64_t write_target(self, uint64_t offset, const uint8_t *buffer, const Target *target) noexcept nogil
     cdef void write_some(self, Batch batch, int64_t first, int64_t end) noexcept nogil
     cdef int64_t enter(self) noexcept nogil

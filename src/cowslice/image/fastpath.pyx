@@ -12,12 +12,13 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from cowslice.cache.pthread cimport pthread_mutex_lock, pthread_mutex_unlock
+from cowslice.image.enciphered cimport write_enciphered
 from cowslice.image.fences cimport Fences
 from cowslice.image.hostread cimport write_host
 from cowslice.image.passage cimport Passage
 from cowslice.image.placing cimport Placing
 from cowslice.image.recorder cimport ASKED_READ, ASKED_WRITE, Recorder, record
-from cowslice.image.translation cimport Target
+from cowslice.image.translation cimport PlainLayer, Target
 
 import threading
 
@@ -107,22 +108,45 @@ cdef class FastPath(Placing):
     cdef uint64_t write_span(self, uint64_t offset, const uint8_t *buffer, uint64_t length) noexcept nogil:
         """Write as far as this path can; returns the bytes done. Inside the passage."""
         cdef uint64_t done = 0, part
-        cdef Target target
         while done < length:
-            if self.locate_own(offset + done, length - done, &target):
-                part = self.write_target(offset + done, buffer + done, &target)
-            else:
+            part = self.overwrite(offset + done, buffer + done, length - done)
+            if part == 0:
                 part = self.place(offset + done, buffer + done, length - done)
             if part == 0:
                 break
             done += part
         return done
 
+    cdef uint64_t overwrite(self, uint64_t offset, const uint8_t *buffer, uint64_t length) noexcept nogil:
+        """Write as many bytes as are there already in one piece; 0 where none are, or the plain path must.
+
+        Sectors are claimed: image.writing, to write a part of one, reads it and writes all of it back.
+        """
+        cdef PlainLayer *layer = self.layers
+        cdef Target target
+        cdef uint64_t first, end, part = 0
+        if not layer.opaque:
+            return self.write_target(offset, buffer, &target) if self.locate_own(offset, length, &target) else 0
+        if not self.can_encipher(layer, offset, length):
+            return 0
+        first, end = offset >> layer.cluster_bits, (offset + length - 1 >> layer.cluster_bits) + 1
+        if not self.claims.seize(first, end):
+            return 0
+        if self.locate_own(offset, length, &target):
+            part = self.write_target(offset, buffer, &target)
+        self.claims.release(first, end)
+        return part
+
     cdef uint64_t write_target(self, uint64_t offset, const uint8_t *buffer, const Target *target) noexcept nogil:
         """Overwrite what is there; returns its length, 0 where that fails."""
+        cdef bint fine
         if self.marks.count:
             self.marks.mark(offset, target.length)
-        return target.length if write_host(&target.layer.file, buffer, target.length, target.host) else 0
+        if target.layer.opaque:
+            fine = write_enciphered(target.layer, buffer, target.length, target.host, offset)
+        else:
+            fine = write_host(&target.layer.file, buffer, target.length, target.host)
+        return target.length if fine else 0
 
     def write_from(self, uint64_t offset, buffer, uint64_t start=0):
         """Write `buffer` at guest byte `offset`, from its byte `start` on; returns where it stopped.

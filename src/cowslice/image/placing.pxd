@@ -28,7 +28,8 @@ cdef class Placing(Translation):
     cdef bint read_target(self, const Target *target, uint8_t *buffer, uint64_t length) noexcept nogil
     cdef uint64_t read_span(self, uint64_t offset, uint8_t *buffer, uint64_t length) noexcept nogil
     cdef uint64_t place(self, uint64_t offset, const uint8_t *buffer, uint64_t length) noexcept nogil
-    cdef bint can_place(self, PlainLayer *layer) noexcept nogil
+    cdef bint can_place(self, PlainLayer *layer, uint64_t offset, uint64_t length) noexcept nogil
+    cdef bint can_encipher(self, PlainLayer *layer, uint64_t offset, uint64_t length) noexcept nogil
     cdef bint plan(self, PlainLayer *layer, uint64_t cluster, uint64_t most, Place *place) noexcept nogil
     cdef bint is_plain(self, PlainLayer *layer, const Mapped *m) noexcept nogil
     cdef bint is_ours(self, PlainLayer *layer, const Mapped *m) noexcept nogil
@@ -37,6 +38,7 @@ cdef class Placing(Translation):
     cdef bint provide(self, uint64_t cluster) noexcept with gil
     cdef bint place_claimed(self, PlainLayer *layer, Place *place, const uint8_t *buffer) noexcept nogil
     cdef bint put(self, PlainLayer *layer, Place *place, const uint8_t *buffer) noexcept nogil
+    cdef bint put_parts(self, PlainLayer *layer, iovec *parts, uint64_t guest, uint64_t host) noexcept nogil
     cdef uint64_t kept_from(self, PlainLayer *layer, Place *place) noexcept nogil
     cdef uint64_t kept_to(self, PlainLayer *layer, Place *place) noexcept nogil
     cdef bint keep(self, uint64_t start, uint64_t end, bint fresh, iovec *part) noexcept nogil

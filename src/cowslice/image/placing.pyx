@@ -14,8 +14,8 @@ from cowslice.cache.forms cimport COPIED, MAX_ENTRIES, OFFSET, ZERO, Mapped, bsw
 from cowslice.cache.loads cimport FOUND
 from cowslice.cache.slicemap cimport SliceMap
 from cowslice.image.claims cimport Claims
-from cowslice.image.deciphered cimport read_deciphered
 from cowslice.image.dirtybits cimport Marks
+from cowslice.image.enciphered cimport read_enciphered, write_enciphered
 from cowslice.image.hostread cimport iovec, read_host, reads_as_hole, write_parts
 from cowslice.image.inflated cimport InflatedClusters, Stream
 from cowslice.image.supply cimport Supply
@@ -27,6 +27,7 @@ cdef enum:
     MOST_CLUSTERS = MAX_ENTRIES # that are placed at once: those of one slice at most
     MOST_ZEROS = 64 * 1024      # more of them are left to the file system, by image.writing
     ALL_SUBCLUSTERS = 0xFFFFFFFF
+    SECTOR = 512                # what is enciphered at once
 
 
 cdef class Placing(Translation):
@@ -54,7 +55,7 @@ cdef class Placing(Translation):
             memset(buffer, 0, length)
             return True
         if not target.stored and target.layer.opaque:
-            return read_deciphered(target, buffer, length)
+            return read_enciphered(target, buffer, length)
         if not target.stored:
             return read_host(&target.layer.file, buffer, length, target.host)
         stream.layer = target.layer.number
@@ -86,7 +87,7 @@ cdef class Placing(Translation):
         cdef bint fine = False
         place.start = offset
         place.end = offset + length
-        if not self.can_place(layer):
+        if not self.can_place(layer, offset, length):
             return 0
         first = offset >> layer.cluster_bits
         end = min((place.end - 1 >> layer.cluster_bits) + 1, (<SliceMap> layer.map).end_of_slice(first))
@@ -100,9 +101,14 @@ cdef class Placing(Translation):
         self.claims.release(first, end)
         return place.end - offset if fine else 0
 
-    cdef bint can_place(self, PlainLayer *layer) noexcept nogil:
+    cdef bint can_place(self, PlainLayer *layer, uint64_t offset, uint64_t length) noexcept nogil:
         return (layer.map != NULL and self.supply is not None and self.writes_in_place and not layer.data_file
-                and not layer.opaque and layer.file.fd >= 0 and layer.file.alignment == 1)
+                and (not layer.opaque or self.can_encipher(layer, offset, length))
+                and layer.file.fd >= 0 and layer.file.alignment == 1)
+
+    cdef bint can_encipher(self, PlainLayer *layer, uint64_t offset, uint64_t length) noexcept nogil:
+        """Whether these are whole sectors of an opaque layer whose cipher is compiled."""
+        return layer.cipher != NULL and self.claims is not None and (offset | length) % SECTOR == 0
 
     cdef bint plan(self, PlainLayer *layer, uint64_t cluster, uint64_t most, Place *place) noexcept nogil:
         """How up to `most` clusters from the first take their bytes; `place.end` shrinks to what is alike."""
@@ -173,24 +179,36 @@ cdef class Placing(Translation):
         return False
 
     cdef bint put(self, PlainLayer *layer, Place *place, const uint8_t *buffer) noexcept nogil:
-        """The new bytes and what must stand beside them, in one write."""
+        """The new bytes and what must stand beside them, in one write unless they are enciphered."""
         cdef iovec parts[3]
         cdef void *head
         cdef void *tail
         cdef uint64_t begin, cluster = place.start >> layer.cluster_bits << layer.cluster_bits
-        cdef bint fine
+        cdef bint fine, blank = place.fresh and not layer.opaque  # what was never written deciphers to noise
         parts[0].iov_base = parts[2].iov_base = NULL
-        fine = (self.keep(self.kept_from(layer, place), place.start, place.fresh, &parts[0])
-                and self.keep(place.end, self.kept_to(layer, place), place.fresh, &parts[2]))
+        fine = (self.keep(self.kept_from(layer, place), place.start, blank, &parts[0])
+                and self.keep(place.end, self.kept_to(layer, place), blank, &parts[2]))
         head, tail = parts[0].iov_base, parts[2].iov_base
         if fine:
             parts[1].iov_base = <void *> buffer
             parts[1].iov_len = place.end - place.start
             begin = place.start - parts[0].iov_len
-            fine = write_parts(layer.file.fd, parts, 3, place.host + begin - cluster)
+            fine = self.put_parts(layer, parts, begin, place.host + begin - cluster)
         free(head)
         free(tail)
         return fine
+
+    cdef bint put_parts(self, PlainLayer *layer, iovec *parts, uint64_t guest, uint64_t host) noexcept nogil:
+        """Write three parts, one behind the other, where a cluster of the layer lies."""
+        cdef uint64_t done = 0
+        cdef int i
+        if not layer.opaque:
+            return write_parts(layer.file.fd, parts, 3, host)
+        for i in range(3):
+            if not write_enciphered(layer, <const uint8_t *> parts[i].iov_base, parts[i].iov_len, host + done, guest + done):
+                return False
+            done += parts[i].iov_len
+        return True
 
     cdef uint64_t kept_from(self, PlainLayer *layer, Place *place) noexcept nogil:
         """Where the (sub)cluster of the first byte begins, unless it is there already."""

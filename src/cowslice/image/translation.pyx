@@ -215,13 +215,16 @@ cdef class Translation:
         return True
 
     cdef bint locate_own(self, uint64_t offset, uint64_t want, Target *out) noexcept nogil:
-        """Find bytes that may be overwritten where they are: those of clusters that are the top layer's alone."""
+        """Find bytes that may be overwritten where they are: those of clusters that are the top layer's alone.
+
+        In an opaque layer they must be enciphered first.
+        """
         cdef PlainLayer *layer = self.layers
         cdef Mapped m
         cdef uint64_t within, reach
         cdef bint below = False
         out.layer = NULL
-        if offset >= layer.size or not self.writes_in_place or layer.opaque or layer.file.fd < 0:
+        if offset >= layer.size or not self.writes_in_place or layer.file.fd < 0:
             return False
         if layer.map == NULL:
             out.layer = layer

@@ -8,7 +8,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from cowslice.cache.pthread cimport pthread_mutex_lock, pthread_mutex_unlock
-from cowslice.image.deciphered cimport read_deciphered_at_once
+from cowslice.image.enciphered cimport read_enciphered_at_once
 from cowslice.image.hostread cimport read_at_once
 from cowslice.image.translation cimport Target
 from cowslice.serve.nbd_frames cimport DONT_FRAGMENT, REPLY_DONE, SIMPLE, Arena, Ask, put_data, put_hole, reserve
@@ -63,7 +63,7 @@ cdef class Answering:
 
     cdef bint read_here(self, const Target *target, uint8_t *data, uint64_t length) noexcept nogil:
         if target.layer.opaque:
-            return read_deciphered_at_once(target, data, length)
+            return read_enciphered_at_once(target, data, length)
         return read_at_once(&target.layer.file, data, length, target.host)
 
     cdef bint answer_slowly(self, const Ask *ask, Arena *out) noexcept nogil:
