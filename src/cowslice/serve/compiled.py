@@ -80,22 +80,10 @@ class CompiledTransmission:
         """Judge a request, and answer it here or leave it to a worker."""
         request = judged(self._session, command, flags, cookie, offset, length, payload)
         serve = partial(self._serve, request, arrived, cost)
-        if self._is_long(request) and self._loop.is_home():
+        if is_long(request) and self._loop.is_home():
             self._workers.submit(serve)
         else:
             serve()
-
-    def _is_long(self, request: Request | BadRequest) -> bool:
-        """Whether the thread that takes requests in would be kept waiting.
-
-        A read that has to wait comes from a worker of the loop. What has all it needs in memory is done sooner than
-        another thread, which would only be one more that wants the interpreter, gets to it.
-        """
-        if isinstance(request, BadRequest):
-            return False
-        if request.command == Command.WRITE:
-            return self._loop.waits or bool(request.flags & CommandFlag.FUA)
-        return request.command in _LONG
 
     def _serve(self, request: Request | BadRequest, arrived: int, cost: int) -> None:
         try:
@@ -106,6 +94,17 @@ class CompiledTransmission:
             self._loop.abandon(fault)  # or the client would wait for an answer that never comes
         finally:
             self._loop.finish(cost)
+
+
+def is_long(request: Request | BadRequest) -> bool:
+    """Whether the thread that takes requests in would be kept waiting.
+
+    A read or a write that has to wait comes from a worker of the loop. What has all it needs in memory is done sooner
+    than another thread, which would only be one more that wants the interpreter, gets to it.
+    """
+    if isinstance(request, BadRequest):
+        return False
+    return request.command in _LONG or (request.command == Command.WRITE and bool(request.flags & CommandFlag.FUA))
 
 
 def judged(

@@ -3,6 +3,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from cowslice.cache.pthread cimport pthread_cond_t, pthread_mutex_t
+from cowslice.image.translation cimport Target
 from cowslice.serve.nbd_answering cimport Answering
 from cowslice.serve.nbd_frames cimport Arena, Ask
 from cowslice.serve.nbd_tally cimport Tally
@@ -56,4 +57,8 @@ cdef class InFlight(Answering):
     cdef void toil(self) noexcept nogil
     cdef void do_job(self, const Ask *ask, const uint8_t *payload) noexcept nogil
     cdef bint write(self, const Ask *ask, const uint8_t *payload, Arena *out) noexcept nogil
+    cdef bint is_mapped(self, const Ask *ask) noexcept nogil
+    cdef bint waits_beside(self, const Ask *ask) noexcept nogil
+    cdef bint is_near(self, uint64_t start, uint64_t end) noexcept nogil
+    cdef bint locate_now(self, uint64_t offset, uint64_t want, Target *target) noexcept nogil
     cdef void note(self, const Ask *ask) noexcept nogil

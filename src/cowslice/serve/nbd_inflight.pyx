@@ -14,7 +14,9 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from cowslice.cache.pthread cimport (
     pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_signal, pthread_cond_wait, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock)
+from cowslice.image.hostread cimport read_at_once
 from cowslice.image.recorder cimport ASKED_READ, ASKED_WRITE, record
+from cowslice.image.translation cimport Target
 from cowslice.serve.nbd_answering cimport Answering
 from cowslice.serve.nbd_frames cimport BLOCK_STATUS, CACHE, FUA, READ, WRITE, Arena, Ask, put_done, reserve
 from cowslice.serve.nbd_tally cimport Tally, count_read, count_write, describe
@@ -29,6 +31,9 @@ cdef extern from "<sys/socket.h>" nogil:
     int SHUT_RDWR
     ssize_t send(int fd, const void *buffer, size_t size, int flags)
     int shutdown(int fd, int how)
+
+cdef enum:
+    MOST_PROBED = 64 << 10      # bytes: to copy more takes long anyway
 
 cdef enum:  # bytes that a request holds, as transmission.cost_of has them
     STATUS_COST = 256 << 10
@@ -171,10 +176,9 @@ cdef class InFlight(Answering):
     cdef bint pass_on(self, Ask *ask, const uint8_t *payload, uint64_t payload_size) noexcept nogil:
         """Hand a request over to Python, after sending what is ready: it may be long until the next send.
 
-        A write that need not be stable, of a disk in memory, is answered soon; many of them are answered with one send.
+        A write that need not be stable is answered soon; many of them are answered with one send.
         """
-        cdef bint soon = ask.command == WRITE and not ask.flags & FUA and self.fast.in_memory and self.out.used <= ARENA // 2
-        if not soon and not self.flush():
+        if (ask.command != WRITE or ask.flags & FUA or self.out.used > ARENA // 2) and not self.flush():
             return False
         ask.cost = cost_of(ask, payload_size, self.max_request)
         self.admit(ask.cost)
@@ -304,6 +308,39 @@ cdef class InFlight(Answering):
         record(self.fast.recorder, ASKED_WRITE, ask.offset, ask.length)
         put_done(self.mode, out, ask)
         return True
+
+    cdef bint is_mapped(self, const Ask *ask) noexcept nogil:
+        """Whether the map of a write's first bytes is in memory."""
+        cdef Target target
+        return self.locate_now(ask.offset, ask.length, &target)
+
+    cdef bint waits_beside(self, const Ask *ask) noexcept nogil:
+        """Whether a device has to be asked for what stands beside a write in its first or last cluster. For the loop's thread."""
+        cdef uint64_t mask = (<uint64_t> 1 << self.fast.layers[0].cluster_bits) - 1, end = ask.offset + ask.length
+        return not self.is_near(ask.offset & ~mask, ask.offset) or not self.is_near(end, min(end + mask & ~mask, self.size))
+
+    cdef bint is_near(self, uint64_t start, uint64_t end) noexcept nogil:
+        """Whether these guest bytes are read without waiting: zeros, or in the page cache."""
+        cdef Target target
+        if start == end:
+            return True
+        if end - start > MOST_PROBED or not self.locate_now(start, end - start, &target):
+            return False
+        if target.length < end - start or target.stored or not reserve(&self.out, MOST_PROBED):
+            return False
+        if target.layer == NULL:
+            return True
+        return read_at_once(&target.layer.file, self.out.bytes + self.out.used, target.length, target.host)
+
+    cdef bint locate_now(self, uint64_t offset, uint64_t want, Target *target) noexcept nogil:
+        """Locate without loading anything."""
+        cdef bint found
+        if self.fast.maps_count:
+            pthread_mutex_lock(&self.fast.cache.lock)
+        found = self.fast.locate(offset, want, True, target)
+        if self.fast.maps_count:
+            pthread_mutex_unlock(&self.fast.cache.lock)
+        return found
 
     cdef void note(self, const Ask *ask) noexcept nogil:
         """Count a read or a write that was answered just now."""

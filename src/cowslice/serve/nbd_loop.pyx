@@ -85,11 +85,6 @@ cdef class Loop(InFlight):
     def __dealloc__(self):
         free(self.incoming)
 
-    @property
-    def waits(self):
-        """Whether a request to this disk may wait for a device."""
-        return not self.fast.in_memory
-
     def run(self, bytes leftover not None=b""):
         """Serve until the connection ends; `leftover` came behind the handshake. Returns why it ended, one of ENDS."""
         cdef int end
@@ -316,15 +311,27 @@ cdef class Loop(InFlight):
         return self.pass_on(ask, NULL, 0)
 
     cdef bint write_here(self, Ask *ask, const uint8_t *payload) noexcept nogil:
-        """Write what needs no word of Python, or leave it to a worker. False, and no answer, for any other."""
+        """Write what needs no word of Python, or leave it to a worker where a device has to be waited for.
+
+        False, and no answer, for any other.
+        """
         if not (self.writable and self.fast.writable) or ask.flags & ~(PAYLOAD_LEN if self.mode == EXTENDED else 0):
             return False
         if ask.length == 0 or not self.lies_inside(ask):
             return False
-        if self.direct:
+        if self.direct and not self.is_alone(ask) or not self.fast.in_memory and not self.is_mapped(ask):
             self.enqueue(ask, payload)
             return True
-        if (self.out.used + 64 > ARENA and not self.flush()) or not self.write(ask, payload, &self.out):
+        if self.out.used + 64 > ARENA and not self.flush():
             return False
-        self.note(ask)
+        if self.write(ask, payload, &self.out):
+            self.note(ask)
+            return True
+        if self.fast.in_memory or not self.waits_beside(ask):
+            return False
+        self.enqueue(ask, payload)
         return True
+
+    cdef bint is_alone(self, const Ask *ask) noexcept nogil:
+        """Whether the client asked for nothing but this write: then no worker is any quicker."""
+        return self.pending == 0 and self.have == self.head + ask.length

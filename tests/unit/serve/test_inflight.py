@@ -269,6 +269,19 @@ def test_a_write_that_waits_for_what_stands_beside_it_keeps_nobody_else_waiting(
         assert client.read(4 * K, 1024).data == CONTENT[4 * K : 4 * K + 512] + b"x" * 512
 
 
+@pytest.mark.parametrize("length", [1, 512, K, K + 1, 3 * K])
+def test_writes_of_all_kinds_of_clusters_leave_what_stands_beside_them(writable: Path, way: str, length: int) -> None:
+    with cowslice.open(writable, "r+", warmup="off") as disk, wired(disk, way=way, writable=True) as wire:
+        client = wire.client()
+        expected = bytearray(CONTENT)
+        for round in range(2):  # the first copies what the snapshot keeps, the second finds its own
+            for offset in (0, K - 1, 3 * K + 700, 7 * K + 5, 20 * K + 9, SIZE - length):
+                payload = bytes([round + 1, offset % 251]) * length
+                expected[offset : offset + length] = payload[:length]
+                assert client.collect(client.ask(Command.WRITE, offset, length, payload=payload[:length])).error == 0
+        assert client.read(0, SIZE).data == expected
+
+
 def test_direct_writes_are_done_and_read_back(writable: Path, way: str) -> None:
     try:
         disk = cowslice.open(writable, "r+", direct=True)
