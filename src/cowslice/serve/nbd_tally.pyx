@@ -16,7 +16,7 @@ cdef inline void count(Tally *tally, uint64_t size, const Ask *ask, uint64_t now
     """Add what reads and writes have in common."""
     cdef uint64_t part = max((size + HEAT - 1) // HEAT, <uint64_t> 1), took = now - ask.arrived
     tally.latency_sum += took
-    tally.latencies[min(64 - leading_zeros(took // 1000 | 1), LATENCIES - 1)] += 1
+    tally.latencies[min(63 - leading_zeros(took // 1000 * 2 + 1), LATENCIES - 1)] += 1
     tally.heat[ask.offset // part] += 1
 
 

@@ -165,14 +165,15 @@ def counts_of(counts: Counts) -> tuple[int, int, int, int, int]:
 
 
 def test_a_slow_answer_is_no_idleness(path: Path, way: str) -> None:
-    with held_disk(path) as (held, disk), wired(disk, way=way, limits=Limits(idle_timeout=0.1)) as wire:
+    with held_disk(path) as (held, disk), wired(disk, way=way, limits=Limits(idle_timeout=0.2)) as wire:
         client = wire.client()
         held.hold()
         slow = client.ask(Command.READ, 0, 512)
         held.wait_for(1)
-        time.sleep(0.4)
+        time.sleep(0.5)
         held.release()
         assert client.collect(slow).data == CONTENT[:512]
+        assert client.read(K, 9).data == CONTENT[K : K + 9], "the connection goes on"
 
 
 def test_a_client_has_all_its_time_again_after_a_slow_answer(path: Path, way: str) -> None:
