@@ -10,6 +10,7 @@ cdef class Answering:
     cdef FastPath fast
     cdef int mode
     cdef uint64_t size
+    cdef bint alone             # nothing else is asked meanwhile, or no other processor would do it
     cdef void locate_batch(self, const Ask *asks, uint32_t count, Target *targets) noexcept nogil
     cdef bint takes_long(self, const Ask *ask, Target *target) noexcept nogil
     cdef bint is_much(self, const Ask *ask, const Target *target) noexcept nogil

@@ -15,7 +15,7 @@ from cowslice.serve.nbd_frames cimport DONT_FRAGMENT, REPLY_DONE, SIMPLE, Arena,
 
 cdef enum:
     LEAST_HOLE = 4096           # a shorter hole costs more as a chunk of its own than as zeros
-    MOST_DECIPHERED = 32 << 10  # bytes at once: with more of them another thread is quicker
+    MOST_DECIPHERED = 64 << 10  # bytes: to wake another thread takes as long as that
 
 
 cdef class Answering:
@@ -41,7 +41,8 @@ cdef class Answering:
         return target.stored != 0 or self.is_much(ask, target)
 
     cdef bint is_much(self, const Ask *ask, const Target *target) noexcept nogil:
-        return target.layer != NULL and target.layer.opaque and ask.length > MOST_DECIPHERED
+        """Whether so much is to be deciphered that what is asked next should not wait for it."""
+        return not self.alone and target.layer != NULL and target.layer.opaque and ask.length > MOST_DECIPHERED
 
     cdef bint answer(self, const Ask *ask, const Target *target, Arena *out) noexcept nogil:
         """A read that lies in one piece and needs no waiting; False for any other."""

@@ -263,6 +263,7 @@ cdef class Loop(InFlight):
         cdef Target targets[BATCH]
         cdef bint answered[BATCH]
         cdef uint32_t first = 0, stop, i
+        self.alone = (self.have < self.head and count == 1 and self.pending == 0) or self.vigil.spare == 0
         while first < count:
             stop = first + self.fitting(asks + first, count - first)
             if stop == first:
