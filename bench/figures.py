@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from alternating import COWSLICE, Bench, Figure, against, ratio, seconds_of
+from encrypted import encrypted
 from writing import repair, writing, writing_over_nbd
 
 import cowslice
@@ -227,6 +228,7 @@ FIGURES = {
         curves,
         writing,
         writing_over_nbd,
+        encrypted,
         repair,
     )
 }

@@ -15,6 +15,6 @@ def test_every_figure_runs() -> None:
     assert ran.returncode == 0, ran.stderr
     names = (
         "resident map", "hit rate", "metadata read", "Python loop", "process memory", "check", "convert", "snapshot",
-        "info", "curves", "random 4 KiB", "sequential 1 MiB", "check -r all",
+        "info", "curves", "random 4 KiB", "sequential 1 MiB", "check -r all", "LUKS",
     )  # fmt: skip
     assert all(any(line.startswith(name) for line in ran.stdout.splitlines()) for name in names)
