@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import weakref
 from types import TracebackType
 
 from cowslice.errors import StorageError
@@ -33,9 +34,13 @@ class AppearingFile:
         self._old = FileStorage(self._path, "r+") if os.path.exists(self._path) else None
         self._folder, name = os.path.split(self._path)
         self._temporary = os.path.join(self._folder, f".{name[:200]}.{os.getpid()}.part")
+        # A signal may come before the block is entered, or any reference is left: then nobody calls `abandon`.
+        self._remove = weakref.finalize(self, _removed, self._temporary)
         try:
             self.storage = FileStorage(self._temporary, "x")
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, StorageError):
+                self._remove.detach()  # it is not ours
             self._close_old()
             raise
         try:
@@ -48,8 +53,7 @@ class AppearingFile:
         """Remove what was written; the old file stays as it was."""
         self.storage.close()
         self._close_old()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._temporary)
+        self._remove()
 
     def __enter__(self) -> Self:
         return self
@@ -77,6 +81,7 @@ class AppearingFile:
         if self._sync:
             self.storage.sync()
         os.replace(self._temporary, self._path)
+        self._remove.detach()
         if self._sync:
             _sync_folder(self._folder)
 
@@ -88,6 +93,11 @@ class AppearingFile:
     def _close_old(self) -> None:
         if self._old is not None:
             self._old.close()
+
+
+def _removed(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _sync_folder(folder: str) -> None:
