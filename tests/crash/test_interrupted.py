@@ -1,6 +1,7 @@
 """Ctrl-C at any moment of a verb: its exit status says so, source and target are sound, and it can be done again.
 
-The signal comes at a call of a storage, whose number is chosen, so that every run meets the same moment.
+The signal comes at a call of a storage, whose number is chosen, so that every run meets the same moment. An impatient
+user presses it again at every later call, as long as the verb brings in order what it wrote.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import pytest
 import cowslice
 from cowslice.cli import exitcodes
 from cowslice.cli.main import run
+from cowslice.cli.termination import SIGNALS
 from cowslice.ops.check import check
 from cowslice.storage import MemoryStorage
 from cowslice.storage.file import FileStorage
@@ -32,13 +34,15 @@ MOMENTS = (0, 11, 48, 97)
 
 
 @contextmanager
-def interrupted_at(number: int) -> Iterator[None]:
-    """Let Ctrl-C come with the call of this number, before it or behind it."""
+def interrupted_at(number: int, *, impatient: bool) -> Iterator[None]:
+    """Let Ctrl-C come with the call of this number, before it or behind it; if `impatient`, with later ones too."""
     count = itertools.count()
+    handlers = {one: signal.getsignal(one) for one in SIGNALS}
 
     def watched(act: Callable[..., Any]) -> Callable[..., Any]:
         def call(storage: FileStorage, *arguments: Any) -> Any:
-            due = next(count) == number
+            called = next(count)
+            due = called == number or (impatient and called > number)
             if due and number % 2:
                 signal.raise_signal(signal.SIGINT)
             try:
@@ -51,6 +55,8 @@ def interrupted_at(number: int) -> Iterator[None]:
     with ExitStack() as stack:
         for name in CALLS:
             stack.enter_context(patch.object(FileStorage, name, watched(getattr(FileStorage, name))))
+        for one, handler in handlers.items():  # a command that was told to end leaves them ignored
+            stack.callback(signal.signal, one, handler)
         yield
 
 
@@ -143,9 +149,10 @@ def judge(case: Case, place: Path, content: bytes, kept: bytes) -> None:
     assert {path.name for path in place.iterdir() if "undo" not in path.name} <= known
 
 
+@pytest.mark.parametrize("impatient", [False, True], ids=["once", "again and again"])
 @pytest.mark.parametrize("name", CASES)
 def test_after_ctrl_c_all_is_sound_and_the_verb_can_be_done_again(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, impatient: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, cut_off = CASES[name], 0
     for moment in MOMENTS:
@@ -153,7 +160,7 @@ def test_after_ctrl_c_all_is_sound_and_the_verb_can_be_done_again(
         place.mkdir()
         monkeypatch.chdir(place)
         content, kept = begun(place, damaged=case.damaged)
-        with interrupted_at(moment):
+        with interrupted_at(moment, impatient=impatient):
             status = run(case.command.split(" "))
         assert status in (exitcodes.INTERRUPTED, exitcodes.OK), moment
         cut_off += status == exitcodes.INTERRUPTED

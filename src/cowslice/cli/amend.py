@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cowslice.cli import exitcodes
 from cowslice.cli.creating import KEYS, SLOT_KEYS, asks_for_keys, parse_keys
 from cowslice.cli.images import describe, explained
 from cowslice.cli.options import CACHE_MODES, Given, chain, changing, image_format
 from cowslice.cli.output import say, say_fields
-from cowslice.cli.termination import Terminated, ending_on_sigterm
 from cowslice.errors import BadOption
 from cowslice.units import parse_size
 
@@ -55,7 +53,7 @@ AMENDABLE = {name: KEYS[name] for name in ("compat", "data_file", "data_file_raw
 def command(
     file: str | None, format_name: str | None, texts: tuple[str, ...], progress: bool, force: bool, cache: str,
     image_opts: bool, objects: tuple[str, ...], quiet: bool, allowed: tuple[str, ...], allow_any: bool,
-) -> int | None:
+) -> None:
     """Change the version, refcount width, size, passphrases or other features of the qcow2 image FILE."""
     from cowslice.cli.progress import maybe_shown
     from cowslice.ops.amend import amend
@@ -63,18 +61,14 @@ def command(
     if asks_for_keys(texts):
         say("What can be changed, as -o KEY=VALUE,...")
         say_fields(((f"{name}=<{key.kind}>", key.meaning) for name, key in AMENDABLE.items()), indent=2)
-        return None
+        return
     if file is None:
         raise click.UsageError("Missing argument 'FILE'")
     wanted = amendment(parse_keys("qcow2", texts, objects, more=SLOT_KEYS), force=force)
     given = Given(format_name=format_name, image_opts=image_opts, objects=objects, allowed=allowed,
                   allow_any=allow_any, direct=cache in ("none", "directsync"))
-    try:
-        with ending_on_sigterm(), explained(), maybe_shown("amending", progress and not quiet, unit="") as advance:
-            amend(*describe(file, given), wanted, progress=advance)
-    except Terminated:
-        return exitcodes.TERMINATED
-    return None
+    with explained(), maybe_shown("amending", progress and not quiet, unit="") as advance:
+        amend(*describe(file, given), wanted, progress=advance)
 
 
 def amendment(fields: dict[str, Any], *, force: bool) -> Amendment:

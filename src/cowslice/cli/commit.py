@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import click
 
-from cowslice.cli import exitcodes
 from cowslice.cli.images import describe, explained
 from cowslice.cli.options import CACHE_MODES, Given, chain, changing, image_format
 from cowslice.cli.output import say
-from cowslice.cli.termination import Terminated, ending_on_sigterm
 from cowslice.units import parse_size
 
 EPILOG = """\b
@@ -38,7 +36,7 @@ Exit status: 0 done, 1 failed, 64 usage, 130 interrupted."""
 def command(
     file: str, format_name: str | None, base: str | None, keep: bool, rate: str, progress: bool, cache: str,
     image_opts: bool, objects: tuple[str, ...], quiet: bool, allowed: tuple[str, ...], allow_any: bool,
-) -> int | None:
+) -> None:
     """Copy what FILE holds into its backing file, and empty FILE."""
     from cowslice.cli.progress import maybe_shown
     from cowslice.ops.commit import commit
@@ -46,12 +44,8 @@ def command(
     limit = parse_size(rate, "-r")
     given = Given(format_name=format_name, image_opts=image_opts, objects=objects, allowed=allowed,
                   allow_any=allow_any, direct=cache in ("none", "directsync"))
-    try:
-        with ending_on_sigterm(), explained(), maybe_shown("committing", progress and not quiet) as advance:
-            name, options = describe(file, given)
-            commit(name, options, base=base, keep=keep, rate=limit, progress=advance)
-    except Terminated:
-        return exitcodes.TERMINATED
+    with explained(), maybe_shown("committing", progress and not quiet) as advance:
+        name, options = describe(file, given)
+        commit(name, options, base=base, keep=keep, rate=limit, progress=advance)
     if not quiet:
         say("Image committed.")
-    return None

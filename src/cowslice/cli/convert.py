@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cowslice.cli import exitcodes
 from cowslice.cli.creating import asks_for_keys, check_format, create_options, join, parse_keys, say_keys
 from cowslice.cli.images import open_image
 from cowslice.cli.options import CACHE_MODES, Given, chain, common, image_format, name_image, snapshot_name
 from cowslice.cli.output import warn
-from cowslice.cli.termination import Terminated, ending_on_sigterm
 from cowslice.errors import BadOption
 from cowslice.units import parse_size
 
@@ -103,7 +101,7 @@ def command(
     snapshot: str | None, existing: bool, target_image_opts: bool, target_is_zero: bool, salvage: bool,
     target_cache: str, source_cache: str, out_of_order: bool, image_opts: bool, objects: tuple[str, ...],
     force_share: bool, quiet: bool, allowed: tuple[str, ...], allow_any: bool,
-) -> int | None:
+) -> None:
     """Copy the disks SOURCE, one behind another, into TARGET; a raw one may be '-', standard output."""
     from cowslice.ops.convert import ConvertOptions
 
@@ -117,7 +115,7 @@ def command(
             raise BadOption("-C copies into raw files and devices, expected no qcow2 target beside it")
     if asks_for_keys(texts):
         say_keys(target_format)
-        return None
+        return
     if skip_broken and not bitmaps:
         raise BadOption("--skip-broken-bitmaps speaks of bitmaps that are copied, expected --bitmaps beside it")
     wish = Wish(texts, backing, backing_format, compress, replace_data_file, bitmaps)
@@ -127,31 +125,27 @@ def command(
                              rate=parse_size(rate, "-r"), offload=offload)
     given = Given(format_name=format_name, image_opts=image_opts, objects=objects, force_share=force_share,
                   allowed=allowed, allow_any=allow_any, direct=source_cache in ("none", "directsync"))
-    try:
-        with ending_on_sigterm(), ExitStack() as stack:
-            # Every cluster is read once: keeping decompressed ones would only cost memory and time.
-            disks = [stack.enter_context(open_image(source, given, warmup="off", decompressed_cache_size=0,
-                                                    snapshot=snapshot_name(snapshot)))
-                     for source in sources]
-            if compress or any(disk.format == "qcow2" for disk in disks):
-                _share_one_arena()
-            if bitmaps:
-                from cowslice.ops.bitmapcopy import check_bitmaps
+    with ExitStack() as stack:
+        # Every cluster is read once: keeping decompressed ones would only cost memory and time.
+        disks = [stack.enter_context(open_image(source, given, warmup="off", decompressed_cache_size=0,
+                                                snapshot=snapshot_name(snapshot)))
+                 for source in sources]
+        if compress or any(disk.format == "qcow2" for disk in disks):
+            _share_one_arena()
+        if bitmaps:
+            from cowslice.ops.bitmapcopy import check_bitmaps
 
-                check_bitmaps(disks[0], skip_broken=skip_broken)
-            if target_image_opts or (target_format == "qcow2" and existing):
-                there = There(target_image_opts, target_is_zero, compress, bitmaps)
-                _convert_into(disks, target, options, given, there, progress=progress and not quiet)
-                return None
-            if target_format == "qcow2":
-                copy_to_qcow2(disks, target, options, wish, given, sync=target_cache != "unsafe",
-                                  progress=progress and not quiet)
-                return None
-            copy_to_raw(disks, target, options, existing=existing, is_zero=target_is_zero,
-                        sync=target_cache != "unsafe", progress=progress and not quiet)
-    except Terminated:
-        return exitcodes.TERMINATED
-    return None
+            check_bitmaps(disks[0], skip_broken=skip_broken)
+        if target_image_opts or (target_format == "qcow2" and existing):
+            there = There(target_image_opts, target_is_zero, compress, bitmaps)
+            _convert_into(disks, target, options, given, there, progress=progress and not quiet)
+            return
+        if target_format == "qcow2":
+            copy_to_qcow2(disks, target, options, wish, given, sync=target_cache != "unsafe",
+                          progress=progress and not quiet)
+            return
+        copy_to_raw(disks, target, options, existing=existing, is_zero=target_is_zero,
+                    sync=target_cache != "unsafe", progress=progress and not quiet)
 
 
 def copy_to_raw(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import click
 
-from cowslice.cli import exitcodes
 from cowslice.cli.creating import asks_for_keys, check_format, create_options, join, parse_keys, say_keys
 from cowslice.cli.options import chain
 from cowslice.cli.output import printable, say, warn
-from cowslice.cli.termination import Terminated, ending_on_sigterm
 from cowslice.errors import CowsliceError
 
 TYPE_CHECKING = False
@@ -45,12 +43,12 @@ def command(
     file: str | None, size: str | None, format_name: str, backing: str | None, backing_format: str | None,
     unchecked: bool, texts: tuple[str, ...], replace_data_file: bool, objects: tuple[str, ...], quiet: bool,
     allowed: tuple[str, ...], allow_any: bool,
-) -> int | None:
+) -> None:
     """Make a new, empty disk image FILE of SIZE (such as 40G); with a backing file its size is the default."""
     check_format(format_name, "-f")
     if asks_for_keys(texts):
         say_keys(format_name)
-        return None
+        return
     if file is None:
         raise click.UsageError("Missing argument 'FILE'")
     fields = parse_keys(format_name, texts, objects)
@@ -61,12 +59,7 @@ def command(
                              replace_data_file=replace_data_file)
     if format_name == "raw" and file.endswith(".qcow2") and not quiet:
         warn(f"'{file}' becomes a raw image: -f qcow2 makes another one")
-    try:
-        with ending_on_sigterm():
-            _create(file, fields.get("size"), options, quiet=quiet)
-    except Terminated:
-        return exitcodes.TERMINATED
-    return None
+    _create(file, fields.get("size"), options, quiet=quiet)
 
 
 def _create(file: str, size: str | None, options: CreateOptions, *, quiet: bool) -> None:

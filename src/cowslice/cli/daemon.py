@@ -1,4 +1,4 @@
-"""A command that stays: into the background once it is ready, its process number in a file, an end by signal.
+"""A command that stays: into the background once it is ready, its process number in a file.
 
 It does not know what the command does. What must hold: whoever waits for the command learns whether it came up.
 """
@@ -7,20 +7,14 @@ from __future__ import annotations
 
 import fcntl
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType
 
 from cowslice.cli import exitcodes
 from cowslice.errors import BadOption, StorageError
 
 READY = b"\0"
-
-
-class Terminated(BaseException):
-    """SIGTERM, SIGINT or SIGHUP arrived: unwind."""
 
 
 class Background:
@@ -88,21 +82,3 @@ def pid_file(path: str | None) -> Iterator[None]:
                 os.unlink(path)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Let the block end early, without a fault, on SIGTERM, SIGINT and SIGHUP; a second one ends it at once."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.signal(number, _terminate) for number in numbers}
-    try:
-        yield
-    except Terminated:
-        pass
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated

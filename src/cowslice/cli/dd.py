@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import click
 
-from cowslice.cli import exitcodes
 from cowslice.cli.convert import Wish, copy_to_qcow2, copy_to_raw, descriptors
 from cowslice.cli.creating import check_format
 from cowslice.cli.images import open_image
 from cowslice.cli.options import Given, chain, common, image_format
-from cowslice.cli.termination import Terminated, ending_on_sigterm
 from cowslice.errors import BadOption
 from cowslice.units import parse_size
 
@@ -37,7 +35,7 @@ _OPERANDS = ("if", "of", "bs", "count", "skip")
 def command(
     operands: tuple[str, ...], format_name: str | None, target_format: str, image_opts: bool, objects: tuple[str, ...],
     force_share: bool, quiet: bool, allowed: tuple[str, ...], allow_any: bool,
-) -> int | None:
+) -> None:
     """Copy blocks of the disk IN into a new file OUT. bs is 512 bytes unless given."""
     from cowslice.ops.convert import ConvertOptions
     from cowslice.ops.dd import Blocks, part_of
@@ -49,17 +47,13 @@ def command(
                     count=_number(words["count"], "count") if "count" in words else None)
     given = Given(format_name=format_name, image_opts=image_opts, objects=objects, force_share=force_share,
                   allowed=allowed, allow_any=allow_any)
-    try:
-        with ending_on_sigterm(), open_image(words["if"], given, warmup="off") as disk, part_of(disk, blocks) as part:
-            refuse_sources(words["of"], descriptors([disk]))
-            if target_format == "qcow2":
-                copy_to_qcow2([part], words["of"], ConvertOptions(), Wish(), given, sync=False, progress=False)
-            else:
-                copy_to_raw([part], words["of"], ConvertOptions(), existing=False, is_zero=False, sync=False,
-                            progress=False)
-    except Terminated:
-        return exitcodes.TERMINATED
-    return None
+    with open_image(words["if"], given, warmup="off") as disk, part_of(disk, blocks) as part:
+        refuse_sources(words["of"], descriptors([disk]))
+        if target_format == "qcow2":
+            copy_to_qcow2([part], words["of"], ConvertOptions(), Wish(), given, sync=False, progress=False)
+        else:
+            copy_to_raw([part], words["of"], ConvertOptions(), existing=False, is_zero=False, sync=False,
+                        progress=False)
 
 
 def _parsed(operands: tuple[str, ...]) -> dict[str, str]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import click
 
-from cowslice.cli import exitcodes
 from cowslice.cli.images import describe, explained
 from cowslice.cli.options import CACHE_MODES, Given, chain, changing, image_format
-from cowslice.cli.termination import Terminated, ending_on_sigterm
 
 EPILOG = """\b
 Examples:
@@ -39,7 +37,7 @@ def command(
     file: str, format_name: str | None, backing: str | None, backing_format: str | None, unsafe: bool, compress: bool,
     progress: bool, cache: str, source_cache: str, image_opts: bool, objects: tuple[str, ...], quiet: bool,
     allowed: tuple[str, ...], allow_any: bool,
-) -> int | None:
+) -> None:
     """Give FILE another backing file, and copy into it what the two show differently."""
     from cowslice.cli.progress import maybe_shown
     from cowslice.ops.rebase import Backing, rebase
@@ -51,10 +49,6 @@ def command(
     wanted = Backing(backing or "", backing_format or None)
     given = Given(format_name=format_name, image_opts=image_opts, objects=objects, allowed=allowed,
                   allow_any=allow_any, direct=cache in ("none", "directsync"))
-    try:
-        with ending_on_sigterm(), explained(), maybe_shown("rebasing", progress and not quiet) as advance:
-            name, options = describe(file, given)
-            rebase(name, options, wanted, unsafe=unsafe, compress=compress, progress=advance)
-    except Terminated:
-        return exitcodes.TERMINATED
-    return None
+    with explained(), maybe_shown("rebasing", progress and not quiet) as advance:
+        name, options = describe(file, given)
+        rebase(name, options, wanted, unsafe=unsafe, compress=compress, progress=advance)

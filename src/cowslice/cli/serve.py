@@ -6,7 +6,7 @@ It does not know NBD. Flags and defaults are those of qemu-nbd where that has th
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +15,7 @@ from cowslice.cli import exitcodes
 from cowslice.cli.options import CACHE_MODES, Given, chain, common, image_format
 from cowslice.cli.output import exact_size, printable, say, warn
 from cowslice.cli.serving import Wanted, address, client_tls, credentials, open_exports, secrets
+from cowslice.cli.termination import Ending, Terminated
 from cowslice.units import parse_size
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ Then, for example:
 
 \b
 With socket activation (LISTEN_FDS) it takes the sockets it is given instead of -p, -b and -k.
+SIGTERM, SIGINT and SIGHUP end it, and all that clients were answered is then in the image. Another one changes nothing:
+SIGQUIT ends at once, and what no client flushed may be lost.
 Exit status: 0 ended as it should, 1 failed, 64 usage."""
 
 
@@ -114,23 +117,35 @@ def command(images: tuple[str, ...], **given: Any) -> int | None:
 
 
 def _serve(images: tuple[str, ...], wanted: Wanted) -> int | None:
-    from cowslice.cli.daemon import ended_by_signals, fork, pid_file
+    from cowslice.cli.daemon import fork
 
     background = fork() if wanted.fork else None  # now, while there are no threads
-    with ended_by_signals(), ExitStack() as stack:
-        server = _start(images, wanted, stack)
-        stack.enter_context(pid_file(wanted.pid_file))
-        lines = _where(server)
-        if wanted.metrics is not None:
-            lines.append(f"{_show_metrics(wanted.metrics, server, stack)}  metrics")
-        if not wanted.quiet:
-            for line in lines:
-                say(line)
-        sys.stdout.flush()
-        if background is not None:
-            background.ready()
-        server.wait()
+    ending: Ending = click.get_current_context().obj
+    with suppress(Terminated), ExitStack() as stack:
+        try:
+            server = _started(images, wanted, stack)
+            if background is not None:
+                background.ready()
+            server.wait()
+        finally:
+            ending.hold()  # also where the last client has left: what clients wrote is brought in order
     return None
+
+
+def _started(images: tuple[str, ...], wanted: Wanted, stack: ExitStack) -> Server:
+    """Start the server and all that belongs to it, and say where that is."""
+    from cowslice.cli.daemon import pid_file
+
+    server = _start(images, wanted, stack)
+    stack.enter_context(pid_file(wanted.pid_file))
+    lines = _where(server)
+    if wanted.metrics is not None:
+        lines.append(f"{_show_metrics(wanted.metrics, server, stack)}  metrics")
+    if not wanted.quiet:
+        for line in lines:
+            say(line)
+    sys.stdout.flush()
+    return server
 
 
 def _start(images: tuple[str, ...], wanted: Wanted, stack: ExitStack) -> Server:

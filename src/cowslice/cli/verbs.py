@@ -11,6 +11,7 @@ import click
 
 from cowslice.cli import exitcodes
 from cowslice.cli.output import complain
+from cowslice.cli.termination import Ending, ended_by_signals
 from cowslice.errors import CowsliceError
 
 # Word, and what it does: `--help` lists them without importing a verb.
@@ -42,7 +43,8 @@ Examples:
 
 \b
 Exit status: as qemu-img for each verb (see its --help); besides,
-  64 the command line is wrong, 70 a fault of this program, 130 interrupted, 141 nobody reads the output."""
+  64 the command line is wrong, 70 a fault of this program, 141 nobody reads the output,
+  129, 130, 143 ended by SIGHUP, Ctrl-C, SIGTERM. A second one is not needed: it ends once its files are in order."""
 
 
 class Verbs(click.Group):
@@ -89,12 +91,18 @@ def cowslice() -> None:
 
 def run_verb(arguments: list[str]) -> int:
     """Run the verb that the arguments begin with and return the exit status; faults are told on standard error."""
+    with ended_by_signals() as ending:
+        try:
+            return _run_verb(arguments, ending)
+        except click.Abort:  # what click makes of Terminated
+            return ending.status
+
+
+def _run_verb(arguments: list[str], ending: Ending) -> int:
     try:
-        status = cowslice.main(args=arguments, prog_name="cowslice", standalone_mode=False)
+        status = cowslice.main(args=arguments, prog_name="cowslice", standalone_mode=False, obj=ending)
     except click.UsageError as error:
         return _usage(error)
-    except click.Abort:
-        return exitcodes.INTERRUPTED
     except SystemExit as ended:  # click's answer to a closed pipe, whatever the mode
         raise BrokenPipeError from ended
     except click.ClickException as error:

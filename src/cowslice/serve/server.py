@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 MAX_CLIENTS = 100  # as QEMU's storage daemon
 GRACE = 5.0  # seconds that clients have to take their answers when the server closes
+DEAF = 0.5  # seconds without a look for signals: the system may give one to a thread that does not wake who waits here
 PAUSE = 0.2  # seconds before it tries again when the system has no descriptor for another client
 
 _log = logging.getLogger("cowslice.serve")
@@ -95,7 +96,11 @@ class Server:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the server has finished or was closed, at most `timeout` seconds; return whether it has."""
-        return self._finished.wait(timeout)
+        if timeout is not None:
+            return self._finished.wait(timeout)
+        while not self._finished.wait(DEAF):
+            pass
+        return True
 
     def close(self, grace: float = GRACE) -> None:
         """End: answer what has come in, cut off after `grace` seconds who does not take it, leave nothing behind.
