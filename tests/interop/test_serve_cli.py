@@ -79,6 +79,34 @@ def test_it_says_where_it_listens_and_ends_cleanly_on_a_signal(
     assert not pid_file.exists()
 
 
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-", "2> >(exec <&-)"], ids=["stderr", "all", "broken pipe"])
+@pytest.mark.parametrize("fork", [(), ("--fork",)], ids=["foreground", "background"])
+def test_it_serves_on_where_nobody_hears_what_it_says(
+    image: Path, place: str, tmp_path: Path, closed: str, fork: tuple[str, ...]
+) -> None:
+    before, pid_file = image.read_bytes(), tmp_path / "pid"
+    command = ["bash", "-c", f'exec "$@" {closed}', "bash", *SERVE, *fork, "--writable", "-t", "-k", place,
+               "--pid-file", str(pid_file), str(image)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process, contextlib.ExitStack() as stack:
+        stack.callback(process.kill)
+        end = time.monotonic() + PATIENCE
+        while not os.path.exists(place) and time.monotonic() < end:
+            time.sleep(0.01)
+        for _ in range(2):
+            with connected_to(place) as garbage:
+                garbage.sendall(b"G" * 64)
+                while garbage.recv(64):
+                    pass
+        client = connect(place)
+        assert client.read(0, 9).data == CONTENT[:9]
+        os.kill(int(pid_file.read_text()), signal.SIGTERM)
+        assert client.ended()
+        assert process.wait(PATIENCE) == 0
+    while os.path.exists(pid_file) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert image.read_bytes() == before
+
+
 def test_it_ends_when_the_last_client_has_left(image: Path, place: str) -> None:
     server = Running("-k", place, image)
     connect(place).socket.close()

@@ -12,12 +12,16 @@ from cowslice.cli import exitcodes
 TYPE_CHECKING = False  # typing takes as long to import as a check of a sound image
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import TextIO
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and end the process."""
+    _open_missing_streams()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(run(given))
+    status = run(given)
+    _give_up_complaints()
+    sys.exit(status)
 
 
 def run(arguments: list[str]) -> int:
@@ -66,14 +70,39 @@ def _our_fault(error: Exception) -> int:
     return exitcodes.OUR_FAULT
 
 
+def _open_missing_streams() -> None:
+    """Let the first three descriptors lead nowhere where they were closed: else an image would get such a number, and
+    what is said to a terminal would be written into it."""
+    import os
+
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
 def _silence_output() -> None:
     """Standard output is gone: nothing may try to write to it again, not even the interpreter when it ends."""
+    sys.stdout = _silenced(sys.stdout)
+
+
+def _give_up_complaints() -> None:
+    """What standard error did not take nobody will read: it must not become the status of the process."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        sys.stderr = _silenced(sys.stderr)
+
+
+def _silenced(stream: TextIO) -> TextIO | None:
     import os
 
     try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except (OSError, ValueError):
-        sys.stdout = None
+        return None
+    return stream
 
 
 if __name__ == "__main__":

@@ -48,14 +48,21 @@ def say_json(value: Any) -> None:
 
 def complain(message: str, hint: str = "") -> None:
     """One sentence on standard error, and below it what to do."""
-    sys.stderr.write(f"{paint('cowslice:', 'red', sys.stderr)} {printable(message)}\n")
-    if hint:
-        sys.stderr.write(f"  {printable(hint)}\n")
+    more = f"  {printable(hint)}\n" if hint else ""
+    _tell(f"{paint('cowslice:', 'red', sys.stderr)} {printable(message)}\n{more}")
 
 
 def warn(message: str) -> None:
     """One sentence on standard error about something that does not stop the work."""
-    sys.stderr.write(f"{paint('cowslice: warning:', 'yellow', sys.stderr)} {printable(message)}\n")
+    _tell(f"{paint('cowslice: warning:', 'yellow', sys.stderr)} {printable(message)}\n")
+
+
+def _tell(text: str) -> None:
+    """Write to standard error. Where nobody reads that, the work and its status say what they would say anyway."""
+    from contextlib import suppress
+
+    with suppress(OSError):
+        sys.stderr.write(text)
 
 
 def write_whole(path: str, content: bytes, what: str) -> None:

@@ -11,6 +11,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from cowslice.errors import CowsliceError, RemoteProtocolError
@@ -40,6 +41,11 @@ class Service:
     meters: Mapping[str, ExportMeter] = field(default_factory=dict)
     report: Callable[[str], None]
     compiled: bool = True
+
+    def tell(self, what: str) -> None:
+        """Let `report` hear it. Where it fails, nobody could be told; least of all may a client suffer from that."""
+        with suppress(Exception):
+            self.report(what)
 
 
 class Connection:
@@ -93,7 +99,7 @@ class Connection:
 
     def _tell(self, what: str) -> None:
         if not self._stopped:
-            self._service.report(f"{self.name}: {what}")
+            self._service.tell(f"{self.name}: {what}")
 
     def _negotiate(self) -> tuple[Negotiated, bytes] | None:
         """Negotiate; None when the client only looked or left."""

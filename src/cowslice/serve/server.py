@@ -166,7 +166,7 @@ class Server:
         except (BlockingIOError, ConnectionError, InterruptedError):
             return
         except OSError as fault:
-            self._service.report(f"cannot accept a client: {fault.strerror}")
+            self._service.tell(f"cannot accept a client: {fault.strerror}")
             time.sleep(PAUSE)
             return
         with contextlib.suppress(OSError):
@@ -178,15 +178,17 @@ class Server:
         try:
             thread.start()
         except RuntimeError:
-            self._service.report("cannot serve a client: the system has no more threads")
+            self._service.tell("cannot serve a client: the system has no more threads")
             connected.close()
             return
         self._clients[client] = thread
 
     def _serve(self, client: Connection) -> None:
-        client.run()
-        self._left.put(client)
-        os.eventfd_write(self._wake, 1)
+        try:
+            client.run()
+        finally:  # its place is free whatever happened
+            self._left.put(client)
+            os.eventfd_write(self._wake, 1)
 
     def _reap(self) -> None:
         """Part with the clients that have left."""

@@ -290,6 +290,18 @@ def test_faults_of_clients_are_told_to_whoever_wants_to_know(disk: cowslice.Imag
     assert [report.startswith("client 1: the client broke the NBD protocol") for report in reports] == [True]
 
 
+def test_who_cannot_hear_of_faults_holds_up_nobody(disk: cowslice.Image, place: str) -> None:
+    def broken(sentence: str) -> None:
+        raise BrokenPipeError
+
+    with serve(disk, unix=place, report=broken, max_clients=1):
+        for _ in range(3):
+            client = connect(place)
+            client.socket.sendall(b"x" * 28)
+            assert client.ended()
+        assert connect(place).read(0, 1).data == CONTENT[:1]
+
+
 class Exhausted:
     """A listening socket on a system that has no descriptor left."""
 
