@@ -221,7 +221,8 @@ def test_what_it_counts_is_shown(image: Path, place: str) -> None:
     assert server.end()[0] == 0
 
 
-def test_sockets_of_the_system_are_taken(image: Path, place: str) -> None:
+@pytest.mark.parametrize("fork", [(), ("--fork",)], ids=["foreground", "background"])
+def test_sockets_of_the_system_are_taken(image: Path, place: str, fork: tuple[str, ...]) -> None:
     code = ("import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ.update(LISTEN_FDS='1', "
             "LISTEN_PID=str(os.getpid())); os.execv(sys.executable, [sys.executable, *sys.argv[2:]])")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as bound:
@@ -230,7 +231,7 @@ def test_sockets_of_the_system_are_taken(image: Path, place: str) -> None:
         number = bound.fileno()
 
         def start(*more: str) -> subprocess.CompletedProcess[str]:
-            command = [sys.executable, "-c", code, str(number), *SERVE[1:], *more, str(image)]
+            command = [sys.executable, "-c", code, str(number), *SERVE[1:], *fork, *more, str(image)]
             return subprocess.run(command, pass_fds=[number], capture_output=True, text=True, timeout=PATIENCE)
 
         waiting = connected_to(place)  # it waits in the queue, as with a server that is started on demand

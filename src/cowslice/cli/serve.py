@@ -118,12 +118,14 @@ def command(images: tuple[str, ...], **given: Any) -> int | None:
 
 def _serve(images: tuple[str, ...], wanted: Wanted) -> int | None:
     from cowslice.cli.daemon import fork
+    from cowslice.serve.listeners import activated
 
+    inherited = activated()  # before the process has another number than its sockets were announced to
     background = fork() if wanted.fork else None  # now, while there are no threads
     ending: Ending = click.get_current_context().obj
     with suppress(Terminated), ExitStack() as stack:
         try:
-            server = _started(images, wanted, stack)
+            server = _started(images, wanted, inherited, stack)
             if background is not None:
                 background.ready()
             server.wait()
@@ -132,11 +134,11 @@ def _serve(images: tuple[str, ...], wanted: Wanted) -> int | None:
     return None
 
 
-def _started(images: tuple[str, ...], wanted: Wanted, stack: ExitStack) -> Server:
+def _started(images: tuple[str, ...], wanted: Wanted, inherited: list[Listener], stack: ExitStack) -> Server:
     """Start the server and all that belongs to it, and say where that is."""
     from cowslice.cli.daemon import pid_file
 
-    server = _start(images, wanted, stack)
+    server = _start(images, wanted, inherited, stack)
     stack.enter_context(pid_file(wanted.pid_file))
     lines = _where(server)
     if wanted.metrics is not None:
@@ -148,7 +150,7 @@ def _started(images: tuple[str, ...], wanted: Wanted, stack: ExitStack) -> Serve
     return server
 
 
-def _start(images: tuple[str, ...], wanted: Wanted, stack: ExitStack) -> Server:
+def _start(images: tuple[str, ...], wanted: Wanted, inherited: list[Listener], stack: ExitStack) -> Server:
     """Open everything and begin to listen. What is opened belongs to `stack`."""
     from cowslice.serve.server import Server
     from cowslice.serve.transmission import Limits
@@ -163,7 +165,7 @@ def _start(images: tuple[str, ...], wanted: Wanted, stack: ExitStack) -> Server:
         force_share=wanted.force_share, allowed=wanted.allowed, allow_any=wanted.allow_any,
         direct=wanted.nocache or wanted.cache_mode in ("none", "directsync"))
     exports = open_exports(images, wanted, given, stack)
-    listeners = _listen(wanted)
+    listeners = _listen(wanted, inherited)
     for listener in listeners:
         stack.callback(listener.close)
     server = Server(exports, listeners, tls=tls, limits=limits, max_clients=wanted.max_clients,
@@ -171,10 +173,9 @@ def _start(images: tuple[str, ...], wanted: Wanted, stack: ExitStack) -> Server:
     return stack.enter_context(server)
 
 
-def _listen(wanted: Wanted) -> list[Listener]:
-    from cowslice.serve.listeners import activated, listen_tcp, listen_unix
+def _listen(wanted: Wanted, inherited: list[Listener]) -> list[Listener]:
+    from cowslice.serve.listeners import listen_tcp, listen_unix
 
-    inherited = activated()
     if inherited:
         if wanted.unix is not None or wanted.host is not None or wanted.port is not None:
             raise click.UsageError("-k, -b and -p exclude socket activation, which already says where to listen")
