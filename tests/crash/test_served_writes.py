@@ -17,14 +17,18 @@ K = 1 << 16
 WRITES = ((0, 512, b"a"), (512, 512, b"b"), (0, 512, b"c"), (5 * K - 700, 1500, b"d"), (9 * K, K, b"e"))
 
 
-@pytest.mark.parametrize("flags, safe", [(CommandFlag.FUA, True), (0, False)])
+@pytest.mark.parametrize("flags, writethrough, safe", [
+    (CommandFlag.FUA, False, True), (0, True, True), (0, False, False),
+])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_write_is_stable_when_it_is_answered_if_the_client_wanted_it_so(
-    tmp_path: Path, way: str, flags: int, safe: bool
+def test_a_write_is_stable_when_it_is_answered_if_the_client_or_the_export_wants_it_so(
+    tmp_path: Path, way: str, flags: int, writethrough: bool, safe: bool
 ) -> None:
     cowslice.create(tmp_path / "a", size=16 * K)
     crash = CrashFiles(tmp_path / "a")
-    with crash, cowslice.open(tmp_path / "a", "r+") as disk, wired(disk, way=way, writable=True) as wire:
+    with crash, cowslice.open(tmp_path / "a", "r+") as disk, wired(
+        disk, way=way, writable=True, writethrough=writethrough
+    ) as wire:
         client = wire.client()
         for number, (offset, length, byte) in enumerate(WRITES):
             asked = client.ask(Command.WRITE, offset, length, flags=flags, payload=byte * length)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import cowslice
 from cowslice.nbd.wire import Command
 from cowslice.testing import peers
 from cowslice.tune.trace import open_trace
@@ -304,6 +305,51 @@ def test_image_options_and_caching_are_those_of_qemu_nbd(image: Path, place: str
                      f"driver=qcow2,file.filename={image},l2-cache-size=64k")
     assert "identical" in peers.qemu_img("compare", "-f", "raw", "-F", "qcow2", f"nbd+unix:///?socket={place}", image)
     assert server.wait()[0] == 0
+
+
+def content_after(image: Path, place: str, *flags: str) -> tuple[bytes, bool]:
+    """What the first 64 KiB hold that a client has discarded, and whether zeros written behind them are stored."""
+    server = Running("-k", place, "--writable", *flags, image)
+    client = connect(place)
+    for command, offset, payload in ((Command.WRITE, 0, b"a" * 65536), (Command.TRIM, 0, b""),
+                                     (Command.WRITE, 65536, bytes(65536))):
+        assert client.collect(client.ask(command, offset, 65536, payload=payload)).error == 0
+    client.socket.close()
+    assert server.wait()[0] == 0
+    with cowslice.open(image) as disk:
+        return disk.read(0, 65536), next(disk.extents(65536, 65536)).data
+
+
+@pytest.mark.parametrize("flags, kept, stored", [
+    ([], False, True),
+    (["--discard=unmap"], False, True),
+    (["--discard=on"], False, True),
+    (["--discard=ignore"], True, True),
+    (["--discard=off"], True, True),
+    (["--detect-zeroes=on", "--cache=writethrough"], False, False),
+    (["--detect-zeroes=unmap", "--cache=directsync"], False, False),
+])
+def test_what_clients_discard_and_zeros_they_write_are_what_the_flags_say(
+    tmp_path: Path, place: str, flags: list[str], kept: bool, stored: bool
+) -> None:
+    image = tmp_path / "new.qcow2"
+    cowslice.create(image, 1 << 20, format="qcow2")
+    assert content_after(image, place, *flags) == ((b"a" if kept else b"\0") * 65536, stored)
+
+
+@pytest.mark.parametrize("flag", [
+    "-s", "--snapshot", "-c/dev/nbd0", "-d/dev/nbd0", "--offset=512", "-Tx", "-V", "--tls-authz=x", "--selinux-label=x",
+])
+def test_flags_of_qemu_nbd_that_are_left_out_are_refused_with_what_to_do(image: Path, flag: str) -> None:
+    refused = run(flag, image)
+    assert (refused.returncode, refused.stdout) == (64, "")
+    assert "of qemu-nbd is left out: " in refused.stderr
+
+
+def test_zeros_cannot_give_space_back_where_discards_do_not(image: Path, place: str) -> None:
+    refused = run("-k", place, "--writable", "--discard=ignore", "--detect-zeroes=unmap", image)
+    assert refused.returncode == 64
+    assert "detect_zeroes is 'unmap'" in refused.stderr
 
 
 def test_a_capture_holds_what_clients_asked(image: Path, place: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import click
 from cowslice.cli import exitcodes
 from cowslice.cli.options import CACHE_MODES, Given, chain, common, image_format
 from cowslice.cli.output import exact_size, printable, say, warn
-from cowslice.cli.serving import Wanted, address, client_tls, credentials, open_exports, secrets
+from cowslice.cli.serving import Wanted, address, client_tls, credentials, left_out, open_exports, secrets
 from cowslice.cli.termination import Ending, Terminated
 from cowslice.units import parse_size
 
@@ -67,7 +67,8 @@ Exit status: 0 ended as it should, 1 failed, 64 usage."""
 @click.option("-B", "--bitmap", "bitmaps", multiple=True, metavar="NAME",
               help="Offer the context qemu:dirty-bitmap:NAME; may be repeated.")
 @click.option("--cache", "cache_mode", type=click.Choice(CACHE_MODES), default="writeback", show_default=True,
-              help="'none' reads around the page cache.")
+              help="'none' and 'directsync' read and write around the page cache; with 'writethrough' and 'directsync' "
+              "a change is stable before it is answered. 'unsafe' is 'writeback' here: no flush is left out.")
 @click.option("-n", "--nocache", is_flag=True, help="The same as --cache=none.")
 @click.option("--tls-creds", metavar="ID|DIR", help="Only speak TLS: the id of an --object tls-creds-x509 or "
               "tls-creds-psk, or a directory with ca-cert.pem, server-cert.pem and server-key.pem.")
@@ -91,9 +92,15 @@ Exit status: 0 ended as it should, 1 failed, 64 usage."""
 @click.option("--pid-file", metavar="PATH", help="Keep the process number in this file.")
 @click.option("-L", "--list", "listing", is_flag=True, help="List what the server at -k, or -b and -p, offers.")
 @click.option("-v", "--verbose", is_flag=True, help="Accepted: faults are always told.")
-@click.option("--aio", "_aio", hidden=True, type=click.Choice(["threads", "native", "io_uring"]))
-@click.option("--discard", "_discard", hidden=True, type=click.Choice(["ignore", "unmap"]))
-@click.option("--detect-zeroes", "_detect_zeroes", hidden=True, type=click.Choice(["off", "on", "unmap"]))
+@click.option("--aio", "_aio", type=click.Choice(["threads", "native", "io_uring"]),
+              help="Accepted: threads read and write, whatever it says.")
+@click.option("--discard", type=click.Choice(["ignore", "off", "unmap", "on"]),
+              help="Whether what clients discard gives its space back (unmap, on) or stays as it is (ignore, off).  "
+              "[default: unmap]")
+@click.option("--detect-zeroes", type=click.Choice(["off", "on", "unmap"]),
+              help="Look for zeros in what clients write: keep their space (on), or give it back (unmap).  "
+              "[default: off]")
+@left_out
 @image_format
 @common
 @chain

@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cowslice.cli.images import open_image
-from cowslice.cli.options import Given, parse_keyval, snapshot_name
+from cowslice.cli.options import F, Given, parse_keyval, snapshot_name
 from cowslice.errors import BadOption
 
 if TYPE_CHECKING:
@@ -25,6 +25,18 @@ if TYPE_CHECKING:
 
 MOST_SNAPSHOTS = 1000  # each one is an open image of its own
 TLS_OBJECTS = ("tls-creds-x509", "tls-creds-psk")
+DISCARDS = {"ignore": "ignore", "off": "ignore", "unmap": "unmap", "on": "unmap"}
+# Flags of qemu-nbd that are left out, whether they take a value, and what to do instead.
+LEFT_OUT = {
+    ("-s", "--snapshot"): (False, "make an overlay with `cowslice create -b` and serve that with --writable"),
+    ("-c", "--connect"): (True, "let nbd-client or `qemu-nbd -c` connect the kernel to this server"),
+    ("-d", "--disconnect"): (True, "nbd-client -d or `qemu-nbd -d` disconnects the kernel"),
+    ("-o", "--offset"): (True, "nbdkit with its partition or offset filter serves a part of a disk"),
+    ("-T", "--trace"): (True, "--capture and --metrics show what is asked"),
+    ("-V", "--version"): (False, "`cowslice --version` shows it"),
+    ("--tls-authz",): (True, "a certificate authority of its own says who may connect"),
+    ("--selinux-label",): (True, "runcon or the policy gives the process its label"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +58,8 @@ class Wanted:
     bitmaps: tuple[str, ...]
     cache_mode: str
     nocache: bool
+    discard: str | None
+    detect_zeroes: str | None
     tls_creds: str | None
     tls_hostname: str | None
     handshake_limit: float
@@ -67,6 +81,18 @@ class Wanted:
     quiet: bool
     allowed: tuple[str, ...]
     allow_any: bool
+
+
+def left_out(command: F) -> F:
+    """Let each flag of LEFT_OUT be a UsageError that says what to do instead."""
+    for names, (has_value, instead) in LEFT_OUT.items():
+        def refuse(ctx: click.Context, param: click.Parameter, value: object, *, instead: str = instead) -> None:
+            if value:
+                raise click.UsageError(f"{'/'.join(param.opts)} of qemu-nbd is left out: {instead}")
+
+        command = click.option(*names, f"_{names[-1].strip('-').replace('-', '_')}", is_flag=not has_value, hidden=True,
+                               expose_value=False, callback=refuse)(command)
+    return command
 
 
 def address(wanted: Wanted, *, any_host: str) -> str | tuple[str, int]:
@@ -138,7 +164,8 @@ def open_exports(images: tuple[str, ...], wanted: Wanted, given: Given, stack: E
     exports: list[Export] = []
     for name, image in named:
         disk = stack.enter_context(
-            open_image(image, given, snapshot=snapshot_name(wanted.snapshot), writable=wanted.writable))
+            open_image(image, given, snapshot=snapshot_name(wanted.snapshot), writable=wanted.writable,
+                       **_about_zeros(wanted)))
         if wanted.capture is not None:
             _capture(disk, wanted.capture, stack)
         exports.append(_export(disk, name, wanted, bitmaps=wanted.bitmaps))
@@ -148,6 +175,12 @@ def open_exports(images: tuple[str, ...], wanted: Wanted, given: Given, stack: E
                 for snapshot, called in _snapshots(disk, name)
             ]
     return exports
+
+
+def _about_zeros(wanted: Wanted) -> dict[str, Any]:
+    """What --discard and --detect-zeroes say to the library; what they do not say, --image-opts may."""
+    said = {"discard": DISCARDS.get(wanted.discard or ""), "detect_zeroes": wanted.detect_zeroes}
+    return {key: value for key, value in said.items() if value is not None}
 
 
 def _capture(disk: Image, path: str, stack: ExitStack) -> None:
@@ -199,6 +232,7 @@ def _export(disk: Image, name: str, wanted: Wanted, *, bitmaps: tuple[str, ...])
 
     return Export(disk, name, description=wanted.description, allocation_depth=wanted.allocation_depth,
                   bitmaps=bitmaps, multi_conn=wanted.max_clients != 1, writable=wanted.writable,
+                  writethrough=wanted.cache_mode in ("writethrough", "directsync"),
                   max_request=parse_size(wanted.max_request, "--max-request"))
 
 

@@ -113,6 +113,8 @@ class OpenOptions:
         _one_of("policy", self.policy, POLICIES)
         _one_of("discard", self.discard, DISCARDS)
         _one_of("detect_zeroes", self.detect_zeroes, DETECT_ZEROES)
+        if self.detect_zeroes == "unmap" and self.discard == "ignore":
+            raise BadOption("detect_zeroes is 'unmap', expected 'on' or 'off' beside discard 'ignore'")
         self._check_writable()
         if self.backing_format and (self.backing is None or self.backing is NAMED):
             raise BadOption(f"backing_format is '{self.backing_format}', expected it only beside a backing file that "

@@ -21,6 +21,7 @@ SHORTEST_HOLE = 4 * KiB  # a shorter run of zeros costs both sides less as data
 MOST_EXTENTS = 1 << 14  # in one block status, over all its contexts: a client asks on from where it ends
 MOST_CACHED = 32 * MiB  # what one CACHE reads ahead; it is only a hint
 MOST_TOLD = 16  # faults reported of one connection: a client must not fill the log
+CHANGES = (Command.WRITE, Command.TRIM, Command.WRITE_ZEROES)
 
 Answer = tuple[Sequence[Bytes], bool]  # what to send, and whether it says that the request failed
 
@@ -33,6 +34,7 @@ class Answers:
 
     def __init__(self, export: Export, session: Session, report: Callable[[str], None]) -> None:
         self._export = export
+        self.writethrough = export.writethrough
         self._disk = export.disk
         self._contexts = {context.id: context.name for context in session.contexts}
         self._chunks = session.mode is not Mode.SIMPLE
@@ -51,6 +53,11 @@ class Answers:
         except Exception as fault:
             return [self._failure(request, fault)], True
 
+    def is_stable(self, request: Request) -> bool:
+        """Whether the answer promises that what the request changes is stable, so that it may take long."""
+        return (request.command == Command.FLUSH or bool(request.flags & CommandFlag.FUA)
+                or (self.writethrough and request.command in CHANGES))
+
     def _carry_out(self, request: Request) -> Sequence[Bytes]:
         if request.command == Command.READ:
             return self._read(request)
@@ -64,14 +71,14 @@ class Answers:
 
     def _change(self, request: Request) -> None:
         """What writes; on a read-only export only FLUSH comes here, and has nothing to do."""
-        flags, disk = request.flags, self._disk
+        disk = self._disk
         if request.command == Command.WRITE:
             disk.write(request.offset, request.payload)
         elif request.command == Command.TRIM:
             disk.discard(request.offset, request.length)
         elif request.command == Command.WRITE_ZEROES:
             self._zero(request)
-        if request.command == Command.FLUSH or flags & CommandFlag.FUA:
+        if self.is_stable(request):
             disk.flush()
 
     def _zero(self, request: Request) -> None:

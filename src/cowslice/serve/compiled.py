@@ -49,8 +49,8 @@ class CompiledTransmission:
         self._workers = Workers(limits.workers, name)
         self._loop = Loop(
             stream.fileno(), fast, mode=session.mode, size=session.size,
-            writable=not session.flags & ExportFlag.READ_ONLY, max_request=session.block_sizes.maximum,
-            most_requests=limits.most_requests, most_bytes=limits.most_bytes,
+            writable=not session.flags & ExportFlag.READ_ONLY, writethrough=answers.writethrough,
+            max_request=session.block_sizes.maximum, most_requests=limits.most_requests, most_bytes=limits.most_bytes,
             poll_max_ns=limits.poll_max_ns, handover=self._take)
 
     def run(self, leftover: bytes) -> None:
@@ -80,7 +80,7 @@ class CompiledTransmission:
         """Judge a request, and answer it here or leave it to a worker."""
         request = judged(self._session, command, flags, cookie, offset, length, payload)
         serve = partial(self._serve, request, arrived, cost)
-        if is_long(request) and self._loop.is_home():
+        if is_long(request, self._answers) and self._loop.is_home():
             self._workers.submit(serve)
         else:
             serve()
@@ -96,7 +96,7 @@ class CompiledTransmission:
             self._loop.finish(cost)
 
 
-def is_long(request: Request | BadRequest) -> bool:
+def is_long(request: Request | BadRequest, answers: Answers) -> bool:
     """Whether the thread that takes requests in would be kept waiting.
 
     A read or a write that has to wait comes from a worker of the loop. What has all it needs in memory is done sooner
@@ -104,7 +104,7 @@ def is_long(request: Request | BadRequest) -> bool:
     """
     if isinstance(request, BadRequest):
         return False
-    return request.command in _LONG or (request.command == Command.WRITE and bool(request.flags & CommandFlag.FUA))
+    return request.command in _LONG or (request.command == Command.WRITE and answers.is_stable(request))
 
 
 def judged(

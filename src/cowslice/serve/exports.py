@@ -66,21 +66,22 @@ class Export:
 
     `allocation_depth` also offers that context, `bitmaps` those dirty bitmaps, found in the chain from the top down.
     `max_request` bounds the payload of a request in bytes. `writable` lets clients write, if the image was opened so: a
-    flush on one connection covers what all have written, so `multi_conn` is true for it too. The image stays
-    the caller's, and must stay open meanwhile.
+    flush on one connection covers what all have written, so `multi_conn` is true for it too. With `writethrough` a
+    change is stable before it is answered. The image stays the caller's, and must stay open meanwhile.
     Raises BadOption for a bitmap that is not there, damaged or in use, and for text that the protocol cannot carry.
     """
 
     def __init__(
         self, disk: Image, name: str = "", *, description: str = "", allocation_depth: bool = False,
         bitmaps: Sequence[str] = (), multi_conn: bool = True, max_request: int = BlockSizes().maximum,
-        writable: bool = False,
+        writable: bool = False, writethrough: bool = False,
     ) -> None:
         if writable and not disk.writable:
             raise BadOption(f"'{disk.path}' was opened for reading only, so it cannot be served for writing")
         self.disk = disk
         self.name = name
         self.writable = writable
+        self.writethrough = writethrough
         self._bitmaps = {DIRTY_BITMAP + wanted: find_bitmap(disk, wanted, live=writable) for wanted in bitmaps}
         depth = (ALLOCATION_DEPTH,) if allocation_depth else ()
         try:

@@ -16,6 +16,7 @@ class Loop(InFlight):
         mode: int,
         size: int,
         writable: bool = ...,
+        writethrough: bool = ...,
         max_request: int = ...,
         most_requests: int = ...,
         most_bytes: int = ...,

@@ -55,7 +55,8 @@ cdef class Loop(InFlight):
 
     `descriptor` is the connected socket, which blocks and stays the caller's; where it has a time limit (SO_RCVTIMEO), a
     client that waits for no answer and asks nothing for so long is put out. `fast` is the disk; `mode` 0, 1 or 2 for simple,
-    structured or extended replies; `writable` lets the client write; `size`, `max_request` and `most_bytes` are bytes;
+    structured or extended replies; `writable` lets the client write, and with `writethrough` all of that is handed over;
+    `size`, `max_request` and `most_bytes` are bytes;
     `poll_max_ns` is how long it may wait awake for a client that goes on asking.
     `handover(command, flags, cookie, offset, length, payload, arrived, cost)` is called, with the GIL, in some thread of this
     connection for every request that is not answered here; `arrived` is its time by the monotonic clock, in nanoseconds. Each
@@ -64,13 +65,14 @@ cdef class Loop(InFlight):
     """
 
     def __cinit__(self, int descriptor, FastPath fast not None, *, int mode, uint64_t size, bint writable=False,
-                  uint64_t max_request=32 << 20, uint32_t most_requests=64, uint64_t most_bytes=64 << 20,
-                  uint64_t poll_max_ns=0, handover):
+                  bint writethrough=False, uint64_t max_request=32 << 20, uint32_t most_requests=64,
+                  uint64_t most_bytes=64 << 20, uint64_t poll_max_ns=0, handover):
         self.fd = descriptor
         self.fast = fast
         self.mode = mode
         self.size = size
         self.writable = writable
+        self.writethrough = writethrough
         self.direct = fast.layers[0].file.alignment > 1
         self.max_request = max_request
         self.most_requests = most_requests
@@ -316,7 +318,9 @@ cdef class Loop(InFlight):
 
         False, and no answer, for any other.
         """
-        if not (self.writable and self.fast.writable) or ask.flags & ~(PAYLOAD_LEN if self.mode == EXTENDED else 0):
+        if not (self.writable and self.fast.writable) or self.writethrough:
+            return False
+        if ask.flags & ~(PAYLOAD_LEN if self.mode == EXTENDED else 0):
             return False
         if ask.length == 0 or not self.lies_inside(ask):
             return False
