@@ -39,6 +39,9 @@ class Fault:
     reason: str
 
 
+SHUTTING_DOWN = Fault(NbdError.ESHUTDOWN, "the server is shutting down")
+
+
 def fault_of(session: Session, request: Request) -> Fault | None:
     """The first rule that the request breaks, or None. It looks at the effect, not at the payload."""
     return (

@@ -9,7 +9,7 @@ from __future__ import annotations
 from cowslice.errors import LocalProtocolError, RemoteProtocolError
 from cowslice.nbd.buffer import Bytes, Inbox
 from cowslice.nbd.events import NEED_DATA, BadRequest, Disconnect, Need, Request, Session
-from cowslice.nbd.requests import Fault, fault_of
+from cowslice.nbd.requests import SHUTTING_DOWN, Fault, fault_of
 from cowslice.nbd.wire import (
     COMPACT_REQUEST,
     EXTENDED_REQUEST,
@@ -125,7 +125,7 @@ class ServerTransmission:
     def _fault_with_payload(self, request: Request, length: int) -> Fault | None:
         """What is known to be wrong before a payload is stored."""
         if self._stopping:
-            return Fault(NbdError.ESHUTDOWN, "the server is shutting down")
+            return SHUTTING_DOWN
         if request.command == Command.WRITE:
             return self._fault_of_write(request)
         if request.command != Command.BLOCK_STATUS or not self.session.flags & ExportFlag.BLOCK_STATUS_PAYLOAD:
@@ -169,7 +169,7 @@ class ServerTransmission:
 
     def _judge(self, request: Request, fault: Fault | None) -> ServerEvent:
         if self._stopping:
-            fault = Fault(NbdError.ESHUTDOWN, "the server is shutting down")
+            fault = SHUTTING_DOWN
         clean = _without_payload_flag(request)
         fault = fault or fault_of(self.session, clean)
         if fault is not None:

@@ -12,7 +12,7 @@ from functools import partial
 from cowslice.errors import RemoteProtocolError
 from cowslice.image.fastpath import FastPath
 from cowslice.nbd.events import BadRequest, Need, Request, Session
-from cowslice.nbd.requests import fault_of
+from cowslice.nbd.requests import SHUTTING_DOWN, fault_of
 from cowslice.nbd.server_side import ServerTransmission
 from cowslice.nbd.wire import (
     COMPACT_REQUEST,
@@ -46,6 +46,7 @@ class CompiledTransmission:
         self._session = session
         self._answers = answers
         self._counters = counters
+        self._refusing = False
         self._workers = Workers(limits.workers, name)
         self._loop = Loop(
             stream.fileno(), fast, mode=session.mode, size=session.size,
@@ -69,6 +70,11 @@ class CompiledTransmission:
         if end == IDLE:
             raise TimeoutError
 
+    def refuse(self) -> None:
+        """Answer what comes from now on with ESHUTDOWN, what has come before as ever. Any thread may call."""
+        self._refusing = True
+        self._loop.refuse()
+
     def counters(self) -> Counts:
         """What the loop and Python counted together."""
         total = LoopCounters(self._loop).counters()
@@ -79,6 +85,8 @@ class CompiledTransmission:
               cost: int) -> None:
         """Judge a request, and answer it here or leave it to a worker."""
         request = judged(self._session, command, flags, cookie, offset, length, payload)
+        if self._refusing and self._loop.is_home():
+            request = refused(request)
         serve = partial(self._serve, request, arrived, cost)
         if is_long(request, self._answers) and self._loop.is_home():
             self._workers.submit(serve)
@@ -105,6 +113,12 @@ def is_long(request: Request | BadRequest, answers: Answers) -> bool:
     if isinstance(request, BadRequest):
         return False
     return request.command in _LONG or (request.command == Command.WRITE and answers.is_stable(request))
+
+
+def refused(request: Request | BadRequest) -> BadRequest:
+    """The same request to a server that is shutting down."""
+    asked = request.request if isinstance(request, BadRequest) else request
+    return BadRequest(asked, SHUTTING_DOWN.error, SHUTTING_DOWN.reason)
 
 
 def judged(

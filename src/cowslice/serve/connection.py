@@ -24,6 +24,7 @@ from cowslice.serve.metrics import Counters, ExportMeter
 from cowslice.serve.stream import Stream, TlsStream
 from cowslice.serve.transmission import Limits, Transmission
 
+LINGER = 0.5  # seconds that a client's system has to take the last answers
 NEGOTIATED_AT_ONCE = 4096  # bytes of one recv: a negotiation is a few hundred
 
 
@@ -59,6 +60,7 @@ class Connection:
         self._leaving = threading.Lock()  # whoever holds it finds the descriptor open, or `_closed` set
         self._closed = False
         self._stopped = False
+        self._refuse: Callable[[], None] = lambda: None  # of what speaks with the client now
 
     def run(self) -> None:
         """Serve until the client is gone. Never raises."""
@@ -79,9 +81,15 @@ class Connection:
         except Exception as fault:
             self._tell(f"internal error: {type(fault).__name__}: {fault}")
         finally:
+            if self._stopped:
+                self._stream.settle(LINGER)
             with self._leaving:
                 self._closed = True
                 self._stream.close()
+
+    def refuse(self) -> None:
+        """Tell the client that the server is about to stop, in answer to whatever it asks from now on."""
+        self._refuse()
 
     def stop(self) -> None:
         """Take no more requests; what has come is still answered."""
@@ -107,6 +115,7 @@ class Connection:
         deadline = time.monotonic() + limit if limit else None
         policy = TlsPolicy.OFF if self._service.tls is None else TlsPolicy.REQUIRED
         handshake = ServerHandshake([export.offer for export in self._service.exports.values()], tls=policy)
+        self._refuse = handshake.shut_down
         while True:
             event = handshake.next_event()
             self._stream.set_deadline(deadline)
@@ -148,6 +157,7 @@ class Connection:
         else:
             transmission = CompiledTransmission(self._stream, agreed.session, answers, fast, limits=limits,
                                                 counters=counters, name=self.name)
+        self._refuse = transmission.refuse
         meter = self._service.meters.get(export.name)
         if meter is None:
             transmission.run(leftover)

@@ -87,6 +87,10 @@ cdef class Loop(InFlight):
     def __dealloc__(self):
         free(self.incoming)
 
+    def refuse(self):
+        """Hand over every request that comes from now on."""
+        self.refusing = True
+
     def run(self, bytes leftover not None=b""):
         """Serve until the connection ends; `leftover` came behind the handshake. Returns why it ended, one of ENDS."""
         cdef int end
@@ -256,7 +260,7 @@ cdef class Loop(InFlight):
     cdef bint plain(self, const Ask *ask) noexcept nogil:
         """A read that needs no word of Python: without odd flags."""
         cdef uint16_t known = FUA if self.mode == SIMPLE else FUA | DONT_FRAGMENT
-        return ask.command == READ and not ask.flags & ~known and ask.length > 0 and self.lies_inside(ask)
+        return ask.command == READ and not (ask.flags & ~known or self.refusing) and ask.length > 0 and self.lies_inside(ask)
 
     # -- answers ----------------------------------------------------------------------------------------------------
 
@@ -318,7 +322,7 @@ cdef class Loop(InFlight):
 
         False, and no answer, for any other.
         """
-        if not (self.writable and self.fast.writable) or self.writethrough:
+        if not (self.writable and self.fast.writable) or self.writethrough or self.refusing:
             return False
         if ask.flags & ~(PAYLOAD_LEN if self.mode == EXTENDED else 0):
             return False

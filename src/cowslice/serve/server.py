@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 MAX_CLIENTS = 100  # as QEMU's storage daemon
 GRACE = 5.0  # seconds that clients have to take their answers when the server closes
+NOTICE = 0.1  # of these, in which clients are told that it closes: who asks for anything gets ESHUTDOWN
 DEAF = 0.5  # seconds without a look for signals: the system may give one to a thread that does not wake who waits here
 PAUSE = 0.2  # seconds before it tries again when the system has no descriptor for another client
 
@@ -113,6 +114,9 @@ class Server:
             self._closing = True
             os.eventfd_write(self._wake, 1)
             self._thread.join()
+            for client in self._clients:
+                client.refuse()
+            _join(self._clients.values(), time.monotonic() + min(NOTICE, grace))
             for client in self._clients:
                 client.stop()
             _join(self._clients.values(), time.monotonic() + grace)

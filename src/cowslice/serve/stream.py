@@ -7,10 +7,12 @@ waits with the TLS lock held, because OpenSSL allows one thread at a time inside
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import select
 import socket
 import ssl
 import struct
+import termios
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MOST_VECTORS = 512  # of one sendmsg; Linux takes 1024
+SETTLING = 0.002  # seconds between looks at whether all has arrived
 MOST_AT_ONCE = 1 << 18  # bytes that one TLS write is given: its lock must not be held for long
 
 
@@ -84,9 +87,32 @@ class Stream:
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
+    def settle(self, seconds: float) -> None:
+        """Wait, at most so long, until all that was sent has arrived; what comes meanwhile is thrown away.
+
+        A TCP socket that is closed with something unread takes back what is still on its way.
+        """
+        end = time.monotonic() + seconds
+        while not (self._is_drained() and self._has_arrived()) and time.monotonic() < end:
+            time.sleep(SETTLING)
+
     def close(self) -> None:
         """Give the descriptor back. No other method may be running."""
         self.socket.close()
+
+    def _is_drained(self) -> bool:
+        """Throw away what has come; whether that was all."""
+        try:
+            return not socket.socket.recv(self.socket, MOST_AT_ONCE, socket.MSG_DONTWAIT)
+        except OSError:  # nothing is there, or nobody who could miss anything
+            return True
+
+    def _has_arrived(self) -> bool:
+        """Whether the other side's system has all that was sent; a Unix socket hands it over at once."""
+        if self.socket.family == socket.AF_UNIX:
+            return True
+        (left,) = struct.unpack("i", fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4)))
+        return not left
 
     def _send_all(self, views: list[memoryview]) -> None:
         first = 0

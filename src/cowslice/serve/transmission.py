@@ -71,6 +71,7 @@ class Transmission:
         self._counters = counters
         self._workers = Workers(limits.workers, name)
         self._under_way = InFlight(limits.most_requests, limits.most_bytes)
+        self._protocol = ServerTransmission(session)
         self._gone = False
         self._fault: Exception | None = None  # why we gave the connection up, where somebody must be told
 
@@ -79,9 +80,9 @@ class Transmission:
 
         Raises RemoteProtocolError, TimeoutError, OSError; also then what came before was answered where it can be.
         """
-        protocol = ServerTransmission(self._session, leftover)
+        self._protocol.receive(leftover)
         try:
-            while (request := self._next(protocol)) is not None:
+            while (request := self._next()) is not None:
                 size = cost_of(request)
                 self._under_way.enter(size)
                 self._workers.submit(partial(self._serve, request, size, time.perf_counter_ns()))
@@ -90,14 +91,18 @@ class Transmission:
         if self._fault is not None:
             raise self._fault
 
+    def refuse(self) -> None:
+        """Answer what comes from now on with ESHUTDOWN, what has come before as ever. Any thread may call."""
+        self._protocol.shut_down()
+
     def counters(self) -> Counts:
         """What was counted so far."""
         return self._counters.counters()
 
-    def _next(self, protocol: ServerTransmission) -> Request | BadRequest | None:
+    def _next(self) -> Request | BadRequest | None:
         """The next request, or None when there will be no more."""
         while not self._gone:
-            event = protocol.next_event()
+            event = self._protocol.next_event()
             if isinstance(event, Disconnect):
                 return None
             if not isinstance(event, Need):
@@ -105,7 +110,7 @@ class Transmission:
             data = self._receive()
             if not data:
                 return None
-            protocol.receive(data)
+            self._protocol.receive(data)
         return None
 
     def _receive(self) -> bytes:

@@ -80,3 +80,25 @@ def test_an_abort_frees_who_waits_to_send(pair: tuple[Stream, socket.socket]) ->
     assert len(faults) == 1
     stream.close()
     other.close()
+
+
+def test_what_was_sent_arrives_where_more_had_come_than_anybody_read() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as theirs:
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        theirs.connect(listening.getsockname())
+        stream = Stream(listening.accept()[0])
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        stream.send([bytes(300_000)])
+        theirs.sendall(b"unread")
+
+        def end() -> None:
+            stream.settle(30)
+            stream.close()
+
+        ending = threading.Thread(target=end)
+        ending.start()
+        came = 0
+        while data := theirs.recv(4096):
+            came += len(data)
+        ending.join()
+    assert came == 300_000
