@@ -18,13 +18,14 @@ KiB = 1 << 10
 SLOT = 256 * KiB  # of one request: what is under way at once never meets
 SIZE = 24 * SLOT
 ROUNDS = 12
+LUKS = {"encryption": "luks", "iter_time": 1}
 
 
-def populated(path: Path, chance: random.Random) -> bytearray:
+def populated(path: Path, chance: random.Random, secret: bytes | None) -> bytearray:
     """Half of the disk is there, and a snapshot keeps it; returns the content."""
     content = bytearray(SIZE)
-    cowslice.create(path, size=SIZE)
-    with cowslice.open(path, "r+") as disk:
+    cowslice.create(path, size=SIZE, secret=secret, **(LUKS if secret else {}))  # type: ignore[arg-type]
+    with cowslice.open(path, "r+", secret=secret) as disk:
         for start in range(0, SIZE, 2 * SLOT):
             content[start : start + SLOT] = chance.randbytes(SLOT)
             disk.write(start, content[start : start + SLOT])
@@ -32,9 +33,9 @@ def populated(path: Path, chance: random.Random) -> bytearray:
     return content
 
 
-def opened(path: Path, *, direct: bool) -> cowslice.Image:
+def opened(path: Path, *, direct: bool, secret: bytes | None) -> cowslice.Image:
     try:
-        return cowslice.open(path, "r+", direct=direct)
+        return cowslice.open(path, "r+", direct=direct, secret=secret)
     except CowsliceError as fault:
         pytest.skip(f"no direct access here: {fault}")
 
@@ -68,21 +69,23 @@ def converse(client: RawClient, content: bytearray, chance: random.Random) -> No
     assert {cookie: (reply.error, reply.data) for cookie, reply in replies.items()} == expected
 
 
-@pytest.mark.parametrize("mode, direct, limits", [
-    (Mode.SIMPLE, False, Limits()),
-    (Mode.STRUCTURED, True, Limits(most_requests=3)),
-    (Mode.EXTENDED, True, Limits()),
-    (Mode.STRUCTURED, False, Limits(most_bytes=64 * KiB)),
+@pytest.mark.parametrize("mode, direct, secret, limits", [
+    (Mode.SIMPLE, False, None, Limits()),
+    (Mode.STRUCTURED, True, None, Limits(most_requests=3)),
+    (Mode.EXTENDED, True, None, Limits()),
+    (Mode.STRUCTURED, False, None, Limits(most_bytes=64 * KiB)),
+    (Mode.STRUCTURED, False, b"secret", Limits()),
 ])
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_under_way_at_once_is_done_right(
-    tmp_path: Path, way: str, mode: Mode, direct: bool, limits: Limits
+    tmp_path: Path, way: str, mode: Mode, direct: bool, secret: bytes | None, limits: Limits
 ) -> None:
     chance = random.Random(7)
-    content = populated(tmp_path / "a", chance)
-    with opened(tmp_path / "a", direct=direct) as disk, wired(disk, way=way, writable=True, limits=limits) as wire:
+    content = populated(tmp_path / "a", chance, secret)
+    with (opened(tmp_path / "a", direct=direct, secret=secret) as disk,
+          wired(disk, way=way, writable=True, limits=limits) as wire):
         client = wire.client(mode=mode)
         for _ in range(ROUNDS):
             converse(client, content, chance)
-    with cowslice.open(tmp_path / "a") as disk:
+    with cowslice.open(tmp_path / "a", secret=secret) as disk:
         assert disk.read(0, SIZE) == content

@@ -41,4 +41,4 @@ cdef class Loop(InFlight):
     cdef void answer_inside(self, const Ask *asks, uint32_t count, Target *targets, bint *answered) noexcept nogil
     cdef bint answer_later(self, Ask *ask, Target *target) noexcept nogil
     cdef bint write_here(self, Ask *ask, const uint8_t *payload) noexcept nogil
-    cdef bint is_alone(self, const Ask *ask) noexcept nogil
+    cdef bint is_slow(self, const Ask *ask) noexcept nogil

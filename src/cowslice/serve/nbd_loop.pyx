@@ -328,7 +328,7 @@ cdef class Loop(InFlight):
             return False
         if ask.length == 0 or not self.lies_inside(ask):
             return False
-        if self.direct and not self.is_alone(ask) or not self.fast.in_memory and not self.is_mapped(ask):
+        if self.is_slow(ask) or not self.fast.in_memory and not self.is_mapped(ask):
             self.enqueue(ask, payload)
             return True
         if self.out.used + 64 > ARENA and not self.flush():
@@ -341,6 +341,11 @@ cdef class Loop(InFlight):
         self.enqueue(ask, payload)
         return True
 
-    cdef bint is_alone(self, const Ask *ask) noexcept nogil:
-        """Whether the client asked for nothing but this write: then no worker is any quicker."""
-        return self.pending == 0 and self.have == self.head + ask.length
+    cdef bint is_slow(self, const Ask *ask) noexcept nogil:
+        """Whether a write waits for the device, or for much to be enciphered.
+
+        A small one of a client that asks for nothing else meanwhile is done before a worker would have woken.
+        """
+        if ask.length > PIECE:
+            return self.direct or (self.fast.layers[0].opaque and self.vigil.spare > 0)
+        return self.direct and (self.pending > 0 or self.have > self.head + ask.length)
