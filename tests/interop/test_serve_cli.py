@@ -359,6 +359,32 @@ def test_zeros_cannot_give_space_back_where_discards_do_not(image: Path, place: 
     assert "detect_zeroes is 'unmap'" in refused.stderr
 
 
+@pytest.mark.parametrize("verb", ["serve", "convert", "commit", "rebase", "dd", "map", "compare", "info"])
+def test_a_backing_file_in_the_network_is_followed_where_that_is_permitted(
+    image: Path, place: str, tmp_path: Path, verb: str
+) -> None:
+    overlay, near = tmp_path / "overlay.qcow2", f"/tmp/cowslice-near-{os.getpid()}"
+    cowslice.create(overlay, len(CONTENT), format="qcow2", backing_file=f"nbd+unix:///?socket={place}",
+                    backing_format="raw", check_backing=False)
+    words = {
+        "serve": ("-k", near, "-t", "--fork", "--pid-file", tmp_path / "pid", overlay), "compare": (overlay, overlay),
+        "convert": (overlay, tmp_path / "copy"), "commit": ("-d", overlay), "rebase": ("-b", "", overlay),
+        "dd": (f"if={overlay}", f"of={tmp_path / 'copy'}"), "map": (overlay,), "info": ("--backing-chain", overlay),
+    }[verb]
+    server = Running("-t", "-e", "0", "--writable", "-k", place, image)
+    try:
+        command = [*SERVE[:-1], verb, *map(str, words)]
+        for more, statuses in ((["--allow-any"], (1, 2)), (["--allow-network"], (0,))):
+            done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=PATIENCE)
+            assert done.returncode in statuses, done.stderr
+            assert ("a URL with --allow-network" in done.stderr) == (0 not in statuses)
+        if verb == "serve":
+            assert connect(near).read(0, 9).data == CONTENT[:9]
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
+    finally:
+        assert server.end()[0] == 0
+
+
 def test_a_capture_holds_what_clients_asked(image: Path, place: str, tmp_path: Path) -> None:
     server = Running("-k", place, "--capture", tmp_path / "trace", image)
     client = connect(place)

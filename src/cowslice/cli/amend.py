@@ -8,7 +8,7 @@ import click
 
 from cowslice.cli.creating import KEYS, SLOT_KEYS, asks_for_keys, parse_keys
 from cowslice.cli.images import describe, explained
-from cowslice.cli.options import CACHE_MODES, Given, chain, changing, image_format
+from cowslice.cli.options import CACHE_MODES, Allowed, Given, chain, changing, image_format
 from cowslice.cli.output import say, say_fields
 from cowslice.errors import BadOption
 from cowslice.units import parse_size
@@ -52,7 +52,7 @@ AMENDABLE = {name: KEYS[name] for name in ("compat", "data_file", "data_file_raw
 @click.argument("file", required=False)
 def command(
     file: str | None, format_name: str | None, texts: tuple[str, ...], progress: bool, force: bool, cache: str,
-    image_opts: bool, objects: tuple[str, ...], quiet: bool, allowed: tuple[str, ...], allow_any: bool,
+    image_opts: bool, objects: tuple[str, ...], quiet: bool, allowed: Allowed,
 ) -> None:
     """Change the version, refcount width, size, passphrases or other features of the qcow2 image FILE."""
     from cowslice.cli.progress import maybe_shown
@@ -66,7 +66,7 @@ def command(
         raise click.UsageError("Missing argument 'FILE'")
     wanted = amendment(parse_keys("qcow2", texts, objects, more=SLOT_KEYS), force=force)
     given = Given(format_name=format_name, image_opts=image_opts, objects=objects, allowed=allowed,
-                  allow_any=allow_any, direct=cache in ("none", "directsync"))
+                  direct=cache in ("none", "directsync"))
     with explained(), maybe_shown("amending", progress and not quiet, unit="") as advance:
         amend(*describe(file, given), wanted, progress=advance)
 

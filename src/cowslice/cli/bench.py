@@ -119,7 +119,6 @@ def bench_one(image: str, output: str, write: bool, force_share: bool, quiet: bo
         objects=given["objects"],
         force_share=force_share,
         allowed=given["allowed"],
-        allow_any=given["allow_any"],
         direct=given["cache_mode"] in ("none", "directsync"),
     )
     sizes = {name: given[name] for name in ("l2_cache_size", "l2_cache_entry_size") if given[name] is not None}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cowslice.cli.images import open_image
-from cowslice.cli.options import Given, chain, changing, image_format, output_format
+from cowslice.cli.options import Allowed, Given, chain, changing, image_format, output_format
 from cowslice.cli.output import printable, say_json, say_table
 from cowslice.errors import BadOption
 from cowslice.units import format_size, parse_size
@@ -65,20 +65,20 @@ def command(
     ctx: click.Context, file: str, bitmap: str | None, format_name: str | None, add: bool, granularity: str | None,
     remove: bool, clear: bool, enable: bool, disable: bool, merge: tuple[str, ...], source_file: str | None,
     source_format: str | None, wants_list: bool, output: str, image_opts: bool, objects: tuple[str, ...], quiet: bool,
-    allowed: tuple[str, ...], allow_any: bool,
+    allowed: Allowed,
 ) -> None:
     """Add, remove, clear, enable, disable or merge the persistent dirty bitmap BITMAP of the qcow2 image FILE."""
     actions: list[str] = ctx.meta["order"]
     _refuse(actions, bitmap, wants_list=wants_list, output=output, granularity=granularity, source_file=source_file,
             source_format=source_format)
     size = None if granularity is None else parse_size(granularity, "-g")
-    given = Given(format_name=format_name, image_opts=image_opts, objects=objects, allowed=allowed, allow_any=allow_any)
+    given = Given(format_name=format_name, image_opts=image_opts, objects=objects, allowed=allowed)
     if wants_list:
         with open_image(file, given, metadata_only=True, warmup="off") as disk:
             _say(disk, as_json=output == "json")
         return
     assert bitmap is not None
-    source = Given(format_name=source_format, objects=objects, allowed=allowed, allow_any=allow_any)
+    source = Given(format_name=source_format, objects=objects, allowed=allowed)
     with open_image(file, given, writable=True, metadata_only=True, warmup="off") as disk:
         sources = iter(merge)
         for action in actions:

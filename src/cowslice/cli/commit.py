@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from cowslice.cli.images import describe, explained
-from cowslice.cli.options import CACHE_MODES, Given, chain, changing, image_format
+from cowslice.cli.options import CACHE_MODES, Allowed, Given, chain, changing, image_format
 from cowslice.cli.output import say
 from cowslice.units import parse_size
 
@@ -35,7 +35,7 @@ Exit status: 0 done, 1 failed, 64 usage, 130 interrupted."""
 @click.argument("file")
 def command(
     file: str, format_name: str | None, base: str | None, keep: bool, rate: str, progress: bool, cache: str,
-    image_opts: bool, objects: tuple[str, ...], quiet: bool, allowed: tuple[str, ...], allow_any: bool,
+    image_opts: bool, objects: tuple[str, ...], quiet: bool, allowed: Allowed,
 ) -> None:
     """Copy what FILE holds into its backing file, and empty FILE."""
     from cowslice.cli.progress import maybe_shown
@@ -43,7 +43,7 @@ def command(
 
     limit = parse_size(rate, "-r")
     given = Given(format_name=format_name, image_opts=image_opts, objects=objects, allowed=allowed,
-                  allow_any=allow_any, direct=cache in ("none", "directsync"))
+                  direct=cache in ("none", "directsync"))
     with explained(), maybe_shown("committing", progress and not quiet) as advance:
         name, options = describe(file, given)
         commit(name, options, base=base, keep=keep, rate=limit, progress=advance)

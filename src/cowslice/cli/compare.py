@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cowslice.cli.images import open_image
-from cowslice.cli.options import CACHE_MODES, Given, chain, common
+from cowslice.cli.options import CACHE_MODES, Allowed, Given, chain, common
 from cowslice.cli.output import complain, paint, say
 from cowslice.errors import BadOption, CowsliceError
 
@@ -43,7 +43,7 @@ Exit status: 0 same content, 1 different, 2 an image cannot be opened,
 def command(
     one: str, other: str, first_format: str | None, second_format: str | None, strict: bool, progress: bool,
     cache_mode: str, workers: int, image_opts: bool, objects: tuple[str, ...], force_share: bool, quiet: bool,
-    allowed: tuple[str, ...], allow_any: bool,
+    allowed: Allowed,
 ) -> int:
     """Tell whether the disks ONE and OTHER have the same content.
 
@@ -57,7 +57,7 @@ def command(
             disks = [
                 stack.enter_context(open_image(name, Given(
                     format_name=format_name, image_opts=image_opts, objects=objects, force_share=force_share,
-                    allowed=allowed, allow_any=allow_any, direct=direct), warmup="off"))
+                    allowed=allowed, direct=direct), warmup="off"))
                 for name, format_name in ((one, first_format), (other, second_format))
             ]
         except BadOption:

@@ -11,7 +11,7 @@ import click
 
 from cowslice.cli.creating import asks_for_keys, check_format, create_options, join, parse_keys, say_keys
 from cowslice.cli.images import open_image
-from cowslice.cli.options import CACHE_MODES, Given, chain, common, image_format, name_image, snapshot_name
+from cowslice.cli.options import CACHE_MODES, Allowed, Given, chain, common, image_format, name_image, snapshot_name
 from cowslice.cli.output import warn
 from cowslice.errors import BadOption
 from cowslice.units import parse_size
@@ -100,7 +100,7 @@ def command(
     skip_broken: bool, sparse: str | None, offload: bool, rate: str, workers: int, progress: bool,
     snapshot: str | None, existing: bool, target_image_opts: bool, target_is_zero: bool, salvage: bool,
     target_cache: str, source_cache: str, out_of_order: bool, image_opts: bool, objects: tuple[str, ...],
-    force_share: bool, quiet: bool, allowed: tuple[str, ...], allow_any: bool,
+    force_share: bool, quiet: bool, allowed: Allowed,
 ) -> None:
     """Copy the disks SOURCE, one behind another, into TARGET; a raw one may be '-', standard output."""
     from cowslice.ops.convert import ConvertOptions
@@ -124,7 +124,7 @@ def command(
     options = ConvertOptions(workers=workers, sparse=parse_size(sparse or "4k", "-S"), salvage=salvage,
                              rate=parse_size(rate, "-r"), offload=offload)
     given = Given(format_name=format_name, image_opts=image_opts, objects=objects, force_share=force_share,
-                  allowed=allowed, allow_any=allow_any, direct=source_cache in ("none", "directsync"))
+                  allowed=allowed, direct=source_cache in ("none", "directsync"))
     with ExitStack() as stack:
         # Every cluster is read once: keeping decompressed ones would only cost memory and time.
         disks = [stack.enter_context(open_image(source, given, warmup="off", decompressed_cache_size=0,
@@ -219,7 +219,7 @@ def _convert_into(
     from cowslice.ops.rawtarget import refuse_sources
 
     how = Given(format_name=None if there.image_opts else "qcow2", image_opts=there.image_opts, objects=given.objects,
-                allowed=given.allowed, allow_any=given.allow_any)
+                allowed=given.allowed)
     refuse_sources(name_image(target, how).name, descriptors(disks))
     with open_image(target, how, writable=True, warmup="off") as image, maybe_shown("converting", progress) as advance:
         if there.bitmaps:
@@ -249,7 +249,7 @@ def copy_to_qcow2(
         raise BadOption("-o has a size, but a copy has the size of its source")
     join(fields, "backing_file", wish.backing, "-B")
     join(fields, "backing_format", wish.backing_format, "-F")
-    made = create_options("qcow2", fields, allowed=given.allowed, allow_any=given.allow_any, sync=sync,
+    made = create_options("qcow2", fields, allowed=given.allowed, sync=sync,
                           replace_data_file=wish.replace_data_file)
     if wish.bitmaps and made.version < 3:
         raise BadOption("--bitmaps needs a target of version 3, expected no compat=0.10 beside it")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from cowslice.cli.creating import asks_for_keys, check_format, create_options, join, parse_keys, say_keys
-from cowslice.cli.options import chain
+from cowslice.cli.options import Allowed, chain
 from cowslice.cli.output import printable, say, warn
 from cowslice.errors import CowsliceError
 
@@ -42,7 +42,7 @@ Exit status: 0 made, 1 failed, 64 usage, 130 interrupted."""
 def command(
     file: str | None, size: str | None, format_name: str, backing: str | None, backing_format: str | None,
     unchecked: bool, texts: tuple[str, ...], replace_data_file: bool, objects: tuple[str, ...], quiet: bool,
-    allowed: tuple[str, ...], allow_any: bool,
+    allowed: Allowed,
 ) -> None:
     """Make a new, empty disk image FILE of SIZE (such as 40G); with a backing file its size is the default."""
     check_format(format_name, "-f")
@@ -55,7 +55,7 @@ def command(
     join(fields, "backing_file", backing, "-b")
     join(fields, "backing_format", backing_format, "-F")
     join(fields, "size", size, "SIZE")
-    options = create_options(format_name, fields, allowed=allowed, allow_any=allow_any, check_backing=not unchecked,
+    options = create_options(format_name, fields, allowed=allowed, check_backing=not unchecked,
                              replace_data_file=replace_data_file)
     if format_name == "raw" and file.endswith(".qcow2") and not quiet:
         warn(f"'{file}' becomes a raw image: -f qcow2 makes another one")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cowslice.cli.options import parse_keyval, secret_of
+from cowslice.cli.options import NOTHING_MORE, Allowed, parse_keyval, secret_of
 from cowslice.cli.output import say, say_fields, warn
 from cowslice.errors import BadOption
 
@@ -102,14 +102,13 @@ def parse_keys(
 
 
 def create_options(
-    format_name: str, fields: dict[str, Any], *, allowed: tuple[str, ...] = (), allow_any: bool = False,
+    format_name: str, fields: dict[str, Any], *, allowed: Allowed = NOTHING_MORE,
     check_backing: bool = True, replace_data_file: bool = False, sync: bool = True,
 ) -> CreateOptions:
     """The record that these fields give. Raises BadOption."""
     from cowslice.image.createoptions import CreateOptions
-    from cowslice.image.gate import FolderGate, PermitGate
 
-    gate = PermitGate() if allow_any else FolderGate(allowed)
+    gate = allowed.gate()
     chosen = {name: value for name, value in fields.items() if name != "size"}
     return CreateOptions(format=format_name, gate=gate, check_backing=check_backing, sync=sync, on_warning=warn,
                          replace_data_file=replace_data_file, **chosen)

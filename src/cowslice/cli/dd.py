@@ -7,7 +7,7 @@ import click
 from cowslice.cli.convert import Wish, copy_to_qcow2, copy_to_raw, descriptors
 from cowslice.cli.creating import check_format
 from cowslice.cli.images import open_image
-from cowslice.cli.options import Given, chain, common, image_format
+from cowslice.cli.options import Allowed, Given, chain, common, image_format
 from cowslice.errors import BadOption
 from cowslice.units import parse_size
 
@@ -34,7 +34,7 @@ _OPERANDS = ("if", "of", "bs", "count", "skip")
 @click.argument("operands", nargs=-1, metavar="")
 def command(
     operands: tuple[str, ...], format_name: str | None, target_format: str, image_opts: bool, objects: tuple[str, ...],
-    force_share: bool, quiet: bool, allowed: tuple[str, ...], allow_any: bool,
+    force_share: bool, quiet: bool, allowed: Allowed,
 ) -> None:
     """Copy blocks of the disk IN into a new file OUT. bs is 512 bytes unless given."""
     from cowslice.ops.convert import ConvertOptions
@@ -46,7 +46,7 @@ def command(
     blocks = Blocks(size=parse_size(words.get("bs", "512"), "bs"), skip=_number(words.get("skip", "0"), "skip"),
                     count=_number(words["count"], "count") if "count" in words else None)
     given = Given(format_name=format_name, image_opts=image_opts, objects=objects, force_share=force_share,
-                  allowed=allowed, allow_any=allow_any)
+                  allowed=allowed)
     with open_image(words["if"], given, warmup="off") as disk, part_of(disk, blocks) as part:
         refuse_sources(words["of"], descriptors([disk]))
         if target_format == "qcow2":

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from cowslice.cli.options import Given, Named, file_options, name_image, open_options
+from cowslice.cli.options import HOW_TO_PERMIT, Given, Named, file_options, name_image, open_options
 from cowslice.cli.output import warn
 from cowslice.errors import BadOption, ReferenceRefused
 
@@ -56,7 +56,7 @@ def explained() -> Iterator[None]:
     try:
         yield
     except ReferenceRefused as error:
-        error.hint = "If you trust the image, permit it with --allow DIR or --allow-any."
+        error.hint = HOW_TO_PERMIT
         raise
 
 

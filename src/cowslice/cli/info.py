@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING
 import click
 
 from cowslice.cli import exitcodes
-from cowslice.cli.options import Given, chain, common, file_options, image_format, name_image, output_format
+from cowslice.cli.options import (
+    HOW_TO_PERMIT,
+    Allowed,
+    Given,
+    chain,
+    common,
+    file_options,
+    image_format,
+    name_image,
+    output_format,
+)
 from cowslice.cli.output import complain, say, say_json
 from cowslice.errors import BadOption, ReferenceRefused
 
@@ -35,7 +45,7 @@ Exit status: 0 done, 1 the image cannot be read or used, 64 usage."""
 @click.argument("image")
 def command(
     image: str, format_name: str | None, output: str, whole_chain: bool, image_opts: bool, objects: tuple[str, ...],
-    force_share: bool, quiet: bool, allowed: tuple[str, ...], allow_any: bool,
+    force_share: bool, quiet: bool, allowed: Allowed,
 ) -> int:
     """Show what IMAGE is: sizes, features, snapshots, bitmaps, everything that is odd about it, and the metadata cache
     that it wants.
@@ -45,7 +55,7 @@ def command(
     from cowslice.cli.infoout import as_json, say_facts
 
     given = Given(format_name=format_name, image_opts=image_opts, objects=objects, force_share=force_share,
-                  allowed=allowed, allow_any=allow_any)
+                  allowed=allowed)
     named = name_image(image, given)
     options = file_options(named, given)
     wanted = options.format_name
@@ -72,14 +82,13 @@ def _one(name: str, options: FileOptions) -> ImageFacts:
 
 
 def _chain(name: str, options: FileOptions, given: Given) -> list[ImageFacts]:
-    from cowslice.image.gate import FolderGate, PermitGate
     from cowslice.ops.infochain import inspect_chain
 
-    gate = PermitGate() if given.allow_any else FolderGate(given.allowed)
+    gate = given.allowed.gate()
     try:
         return inspect_chain(name, gate, format_name=options.format_name, force_share=options.force_share)
     except ReferenceRefused as error:
-        error.hint = "If you trust the image, permit it with --allow DIR or --allow-any."
+        error.hint = HOW_TO_PERMIT
         raise
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cowslice.cli.images import open_image
-from cowslice.cli.options import Given, chain, common, image_format, output_format
+from cowslice.cli.options import Allowed, Given, chain, common, image_format, output_format
 from cowslice.cli.output import paint, printable, say
 from cowslice.units import format_size, parse_size
 
@@ -42,13 +42,13 @@ _LOOKED_AT = 4096
 @click.argument("image")
 def command(
     image: str, format_name: str | None, output: str, start: str, length: str | None, image_opts: bool,
-    objects: tuple[str, ...], force_share: bool, quiet: bool, allowed: tuple[str, ...], allow_any: bool,
+    objects: tuple[str, ...], force_share: bool, quiet: bool, allowed: Allowed,
 ) -> None:
     """Show where each part of the guest disk IMAGE is stored: in which file of the chain, and where in it."""
     from cowslice.ops.map import map_extents
 
     given = Given(format_name=format_name, image_opts=image_opts, objects=objects, force_share=force_share,
-                  allowed=allowed, allow_any=allow_any)
+                  allowed=allowed)
     first = parse_size(start, "--start-offset")
     most = None if length is None else parse_size(length, "--max-length")
     # The map needs no key: content stays closed.

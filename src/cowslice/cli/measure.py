@@ -8,7 +8,7 @@ import click
 
 from cowslice.cli.creating import asks_for_keys, check_format, create_options, parse_keys, say_keys
 from cowslice.cli.images import open_image
-from cowslice.cli.options import Given, chain, common, image_format, output_format, snapshot_name
+from cowslice.cli.options import Allowed, Given, chain, common, image_format, output_format, snapshot_name
 from cowslice.cli.output import say, say_json
 from cowslice.units import parse_size
 
@@ -39,7 +39,7 @@ Exit status: 0 done, 1 failed, 64 usage."""
 def command(
     image: str | None, format_name: str | None, output: str, target_format: str, texts: tuple[str, ...],
     size: str | None, snapshot: str | None, image_opts: bool, objects: tuple[str, ...], force_share: bool,
-    quiet: bool, allowed: tuple[str, ...], allow_any: bool,
+    quiet: bool, allowed: Allowed,
 ) -> None:
     """Say how large a new image would be: empty with --size, or as a copy of IMAGE, and when it is full."""
     from cowslice.ops.measure import measure
@@ -55,7 +55,7 @@ def command(
         measured = measure(options, size=parse_size(size or 0, "--size"))
     else:
         given = Given(format_name=format_name, image_opts=image_opts, objects=objects, force_share=force_share,
-                      allowed=allowed, allow_any=allow_any)
+                      allowed=allowed)
         with open_image(image, given, warmup="off", snapshot=snapshot_name(snapshot)) as disk:
             measured = measure(options, source=disk)
     if not quiet:

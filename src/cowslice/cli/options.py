@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 from cowslice.errors import BadOption
 
 if TYPE_CHECKING:
+    from cowslice.image.gate import Gate
     from cowslice.image.options import OpenOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -57,15 +59,44 @@ _quiet = click.option("-q", "--quiet", is_flag=True, help="Print no result, only
 
 
 def chain(command: F) -> F:
-    """What the image names may be opened: --allow DIR and --allow-any."""
+    """What the image names may be opened, as one record `allowed`: --allow DIR, --allow-any and --allow-network."""
+    @wraps(command)
+    def with_allowed(*positional: Any, allowed: tuple[str, ...], allow_any: bool, allow_network: bool,
+                     **named: Any) -> Any:
+        return command(*positional, allowed=Allowed(allowed, allow_any, allow_network), **named)
+
+    made = cast(F, with_allowed)
     for option in reversed((
         click.option("--allow", "allowed", multiple=True, metavar="DIR", type=click.Path(file_okay=False),
                      help="Also follow backing and data files under DIR. Default: only under the image's own folder."),
         click.option("--allow-any", is_flag=True,
                      help="Follow any local file that the image names. Only for images you trust."),
+        click.option("--allow-network", is_flag=True,
+                     help="Follow URLs that the image names (nbd:, http:, s3: and more). Only for images you trust."),
     )):
-        command = option(command)
-    return command
+        made = option(made)
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What an image may name beside what lies in its own folder."""
+
+    folders: tuple[str, ...] = ()
+    any_file: bool = False
+    network: bool = False
+
+    def gate(self) -> Gate:
+        """The gate that permits it."""
+        from cowslice.image.gate import FolderGate, PermitGate
+
+        if self.any_file:
+            return PermitGate(network=self.network)
+        return FolderGate(self.folders, network=self.network)
+
+
+NOTHING_MORE = Allowed()
+HOW_TO_PERMIT = "If you trust the image, permit it: a file with --allow DIR or --allow-any, a URL with --allow-network."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +107,7 @@ class Given:
     image_opts: bool = False
     objects: tuple[str, ...] = ()
     force_share: bool = False
-    allowed: tuple[str, ...] = ()
-    allow_any: bool = False
+    allowed: Allowed = NOTHING_MORE
     direct: bool = False
 
 
@@ -151,13 +181,11 @@ def file_options(named: Named, given: Given) -> FileOptions:
 
 def open_options(named: Named, given: Given, **more: Any) -> OpenOptions:
     """The options with which the library opens a named image. Raises BadOption for an option that it does not know."""
-    from cowslice.image.gate import FolderGate, PermitGate
     from cowslice.image.options import OpenOptions
 
     taken = _taken_options(named.options, given)
-    gate = PermitGate() if given.allow_any else FolderGate(given.allowed)
-    fields: dict[str, Any] = {"gate": gate, "force_share": given.force_share, "direct": given.direct, **taken, **more}
-    return OpenOptions(**fields)
+    fields: dict[str, Any] = {"gate": given.allowed.gate(), "force_share": given.force_share, "direct": given.direct}
+    return OpenOptions(**{**fields, **taken, **more})
 
 
 _SIZES = ("cache-size", "l2-cache-size", "refcount-cache-size", "l2-cache-entry-size")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from cowslice.cli.images import describe, explained
-from cowslice.cli.options import CACHE_MODES, Given, chain, changing, image_format
+from cowslice.cli.options import CACHE_MODES, Allowed, Given, chain, changing, image_format
 
 EPILOG = """\b
 Examples:
@@ -36,7 +36,7 @@ Exit status: 0 done, 1 failed, 64 usage, 130 interrupted."""
 def command(
     file: str, format_name: str | None, backing: str | None, backing_format: str | None, unsafe: bool, compress: bool,
     progress: bool, cache: str, source_cache: str, image_opts: bool, objects: tuple[str, ...], quiet: bool,
-    allowed: tuple[str, ...], allow_any: bool,
+    allowed: Allowed,
 ) -> None:
     """Give FILE another backing file, and copy into it what the two show differently."""
     from cowslice.cli.progress import maybe_shown
@@ -48,7 +48,7 @@ def command(
         raise click.UsageError("-c compresses what is copied, but -u copies nothing: give one of them")
     wanted = Backing(backing or "", backing_format or None)
     given = Given(format_name=format_name, image_opts=image_opts, objects=objects, allowed=allowed,
-                  allow_any=allow_any, direct=cache in ("none", "directsync"))
+                  direct=cache in ("none", "directsync"))
     with explained(), maybe_shown("rebasing", progress and not quiet) as advance:
         name, options = describe(file, given)
         rebase(name, options, wanted, unsafe=unsafe, compress=compress, progress=advance)

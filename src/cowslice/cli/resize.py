@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from cowslice.cli.images import open_image
-from cowslice.cli.options import Given, chain, common, image_format
+from cowslice.cli.options import Allowed, Given, chain, common, image_format
 from cowslice.cli.output import say
 from cowslice.errors import BadOption, CowsliceError
 from cowslice.units import SECTOR, parse_size, round_up
@@ -32,13 +32,12 @@ Exit status: 0 done, 1 failed, 64 usage, 130 interrupted."""
 @click.argument("size")
 def command(
     image: str, size: str, format_name: str | None, shrink: bool, preallocation: str, image_opts: bool,
-    objects: tuple[str, ...], force_share: bool, quiet: bool, allowed: tuple[str, ...], allow_any: bool,
+    objects: tuple[str, ...], force_share: bool, quiet: bool, allowed: Allowed,
 ) -> None:
     """Give the disk IMAGE another SIZE, such as 40G; +SIZE or -SIZE add to the size that it has."""
     if force_share:
         raise click.UsageError("-U does not go with resize, which needs the image alone")
-    given = Given(format_name=format_name, image_opts=image_opts, objects=objects, allowed=allowed,
-                  allow_any=allow_any)
+    given = Given(format_name=format_name, image_opts=image_opts, objects=objects, allowed=allowed)
     with open_image(image, given, writable=True, warmup="off") as disk:
         try:
             disk.resize(_wanted(size, disk.size), shrink=shrink, preallocation=preallocation)

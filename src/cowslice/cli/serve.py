@@ -169,7 +169,7 @@ def _start(images: tuple[str, ...], wanted: Wanted, inherited: list[Listener], s
     tls = None if wanted.tls_creds is None else credentials(wanted.tls_creds, wanted.objects, endpoint="server")
     given = Given(
         format_name=wanted.format_name, image_opts=wanted.image_opts, objects=secrets(wanted.objects),
-        force_share=wanted.force_share, allowed=wanted.allowed, allow_any=wanted.allow_any,
+        force_share=wanted.force_share, allowed=wanted.allowed,
         direct=wanted.nocache or wanted.cache_mode in ("none", "directsync"))
     exports = open_exports(images, wanted, given, stack)
     listeners = _listen(wanted, inherited)

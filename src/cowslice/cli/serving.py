@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cowslice.cli.images import open_image
-from cowslice.cli.options import F, Given, parse_keyval, snapshot_name
+from cowslice.cli.options import Allowed, F, Given, parse_keyval, snapshot_name
 from cowslice.errors import BadOption
 
 if TYPE_CHECKING:
@@ -79,8 +79,7 @@ class Wanted:
     objects: tuple[str, ...]
     force_share: bool
     quiet: bool
-    allowed: tuple[str, ...]
-    allow_any: bool
+    allowed: Allowed
 
 
 def left_out(command: F) -> F:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cowslice.cli.images import open_image
-from cowslice.cli.options import Given, chain, common, image_format, output_format
+from cowslice.cli.options import Allowed, Given, chain, common, image_format, output_format
 from cowslice.cli.output import say_json
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ Exit status: 0 done, 1 failed, 64 usage, 130 interrupted."""
 def command(
     image: str, format_name: str | None, wants_list: bool, created: str | None, applied: str | None,
     deleted: str | None, output: str, as_json: bool, image_opts: bool, objects: tuple[str, ...], force_share: bool,
-    quiet: bool, allowed: tuple[str, ...], allow_any: bool,
+    quiet: bool, allowed: Allowed,
 ) -> None:
     """List, take, apply or delete internal snapshots of IMAGE."""
     asked = wants_list + sum(name is not None for name in (created, applied, deleted))
@@ -53,7 +53,7 @@ def command(
     if force_share and changes:
         raise click.UsageError("-U goes with -l only: a snapshot needs the image alone")
     given = Given(format_name=format_name, image_opts=image_opts, objects=objects, force_share=force_share,
-                  allowed=allowed, allow_any=allow_any)
+                  allowed=allowed)
     if not changes:
         with open_image(image, given, metadata_only=True, warmup="off") as disk:
             _say(disk.snapshots, as_json=as_json, quiet=quiet)

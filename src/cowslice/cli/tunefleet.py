@@ -23,7 +23,8 @@ def check_fleet(asked: Asked, images: tuple[str, ...], pictures: dict[str, str |
     alone: dict[str, Any] = {
         "IMAGE": images, "--trace": asked.traces, "--disk": asked.disks, "--verify": asked.verifies, **pictures,
         "-f": given.format_name, "--image-opts": given.image_opts, "--object": given.objects,
-        "--allow": given.allowed, "--allow-any": given.allow_any,
+        "--allow": given.allowed.folders, "--allow-any": given.allowed.any_file,
+        "--allow-network": given.allowed.network,
     }  # fmt: skip
     for name, value in alone.items():
         if value:

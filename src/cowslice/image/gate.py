@@ -67,15 +67,19 @@ class Gate(ABC):
 
 
 class FolderGate(Gate):
-    """Permit local files under the image's own folder, and under the folders given; links and '..' do not get out."""
+    """Permit local files under the image's own folder, and under the folders given; links and '..' do not get out.
 
-    def __init__(self, also: Iterable[str | os.PathLike[str]] = ()) -> None:
+    URLs too when `network` is true.
+    """
+
+    def __init__(self, also: Iterable[str | os.PathLike[str]] = (), *, network: bool = False) -> None:
+        self._network = network
         self._also = tuple(os.path.realpath(folder) for folder in also)
 
     def judge(self, reference: Reference) -> Verdict:
         if not reference.local:
             beside = not has_protocol(reference.name) and _is_url(reference.root)
-            if beside and _beneath(reference.target, reference.root):
+            if self._network or (beside and _beneath(reference.target, reference.root)):
                 return Permit()
             return Deny("network and protocol names are not followed")
         if any(_beneath(reference.target, folder) for folder in (reference.root, *self._also) if folder):

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import pytest
 
-from cowslice.cli.options import Given, name_image, open_options, parse_keyval, secret_of
+from cowslice.cli.options import Allowed, Given, name_image, open_options, parse_keyval, secret_of
 from cowslice.errors import BadOption
 from cowslice.image.gate import FolderGate, PermitGate
 
@@ -55,7 +55,7 @@ def test_a_format_and_image_options_exclude_each_other() -> None:
 
 def test_the_gate_is_the_one_that_was_asked_for() -> None:
     assert isinstance(open_options(name_image("x", Given()), Given()).gate, FolderGate)
-    assert isinstance(open_options(name_image("x", Given()), Given(allow_any=True)).gate, PermitGate)
+    assert isinstance(open_options(name_image("x", Given()), Given(allowed=Allowed(any_file=True))).gate, PermitGate)
 
 
 def test_a_secret_is_text_a_file_or_base64(tmp_path: Path) -> None:
