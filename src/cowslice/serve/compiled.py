@@ -30,11 +30,13 @@ from cowslice.serve.nbd_loop import Loop
 from cowslice.serve.stream import Stream
 from cowslice.serve.transmission import Limits, count_answer
 from cowslice.serve.workers import Workers
+from cowslice.units import KiB
 
 # Nothing but a header, or data behind one: to be judged without being read again.
 _BARE = (Command.READ, Command.WRITE, Command.FLUSH, Command.TRIM, Command.CACHE, Command.WRITE_ZEROES)
 # They come from the loop itself, which must go on meanwhile.
 _LONG = (Command.BLOCK_STATUS, Command.CACHE, Command.FLUSH, Command.TRIM, Command.WRITE_ZEROES)
+_LONG_READ = 64 * KiB
 GARBAGE, IDLE = "garbage", "idle"  # of nbd_loop.ENDS, those that are worth a word
 
 
@@ -108,10 +110,13 @@ def is_long(request: Request | BadRequest, answers: Answers) -> bool:
     """Whether the thread that takes requests in would be kept waiting.
 
     A read or a write that has to wait comes from a worker of the loop. What has all it needs in memory is done sooner
-    than another thread, which would only be one more that wants the interpreter, gets to it.
+    than another thread, which would only be one more that wants the interpreter, gets to it; but for long reads, which
+    come here where they must be deciphered or inflated without compiled code.
     """
     if isinstance(request, BadRequest):
         return False
+    if request.command == Command.READ:
+        return request.length > _LONG_READ
     return request.command in _LONG or (request.command == Command.WRITE and answers.is_stable(request))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -67,14 +69,14 @@ def held_disk(path: Path, mode: str = "r") -> Iterator[tuple[HeldStorage, cowsli
 
 
 class Gate:
-    """Lets no answer to one command be made until it is opened."""
+    """Lets no answer to one command, of that many bytes or more, be made until it is opened."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, command: int) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, command: int, *, at_least: int = 0) -> None:
         self.open = threading.Event()
         answer = Answers.answer
 
         def held(answers: Answers, request: Request | BadRequest) -> Answer:
-            if isinstance(request, Request) and request.command == command:
+            if isinstance(request, Request) and request.command == command and request.length >= at_least:
                 assert self.open.wait(PATIENCE)
             return answer(answers, request)
 
@@ -232,6 +234,24 @@ def test_what_touches_much_holds_little_and_keeps_nobody_waiting(
             assert client.read(0, 4096).data == CONTENT[:4096]
             gate.open.set()
             assert client.collect(slow).error == 0
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no memory file system here")
+def test_a_long_read_that_compiled_code_cannot_do_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In memory, so that the loop's own thread would do it, but in a cipher that compiled code does not know."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder) / "disk.qcow2"
+        cowslice.create(path, size=SIZE, encryption="luks", iter_time=1, secret=b"s", cipher_alg="cast5-128",
+                        cipher_mode="cbc")
+        with cowslice.open(path, "r+", secret=b"s") as disk:
+            disk.write(0, CONTENT[: 8 * K])
+        gate = Gate(monkeypatch, Command.READ, at_least=4 * K)
+        with cowslice.open(path, secret=b"s") as disk, wired(disk) as wire:
+            client = wire.client()
+            slow = client.ask(Command.READ, 0, 4 * K)
+            assert client.read(5, 512).data == CONTENT[5:517]
+            gate.open.set()
+            assert client.collect(slow).data == CONTENT[: 4 * K]
 
 
 class HeldSync(WrappedStorage):
