@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+
+from cowslice.cache.slicemap import SliceMap
+from cowslice.image.qcow2 import Qcow2Layer
 
 if TYPE_CHECKING:
     from cowslice.image.image import Image
@@ -134,7 +137,8 @@ class LoopCounters:
 class Reading:
     """One export at one moment. `map` is what its metadata cache says of itself, {} for a raw disk.
 
-    `resident` says for each of HEAT parts of the disk which share of its map is in memory, 0 to 255.
+    `resident` says for each of HEAT parts of the disk which share of its map is in memory, over all files of the chain,
+    0 to 255.
     """
 
     name: str
@@ -184,13 +188,45 @@ class ExportMeter:
         return Reading(self.name, self.size, connections, connections_total, counts, statistics, resident)
 
     def _cache(self) -> tuple[Mapping[str, Any], bytes]:
-        """The cache's own counters and the residency of the top layer's map."""
+        """The cache's own counters, and the residency of the maps of all layers together."""
         if self._disk is None or self._disk.closed:
             return {}, b""
-        slices = getattr(self._disk.layers[0], "slices", None)
-        if slices is None:
-            return {}, b""
-        return self._disk.cache.statistics(), slices.residency(HEAT)
+        maps = [layer_map(layer) for layer in self._disk.layers if isinstance(layer, Qcow2Layer)]
+        return (self._disk.cache.statistics(), residency(self._disk.size, maps)) if maps else ({}, b"")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMap:
+    """Of each of HEAT parts of a layer of `size` bytes: which share of its map is in memory, and if it has one."""
+
+    size: int
+    resident: bytes
+    there: Sequence[bool]
+
+
+def layer_map(layer: Qcow2Layer) -> LayerMap:
+    """What is in memory of one layer now."""
+    assert isinstance(layer.slices, SliceMap)
+    resident, span, l1 = layer.slices.residency(HEAT), layer.first.header.geometry.l2_span, layer.l1
+    edges = [part * layer.size // HEAT for part in range(HEAT + 1)]
+    # Tables that were made since the image was opened are in memory as long as they are new.
+    there = [bool(resident[part] or l1[edges[part] // span * 8 : -(-edges[part + 1] // span) * 8].strip(b"\0"))
+             for part in range(HEAT)]
+    return LayerMap(layer.size, resident, there)
+
+
+def residency(size: int, maps: Sequence[LayerMap]) -> bytes:
+    """For each of HEAT parts of a disk of `size` bytes which share of its map is in memory, 0 to 255.
+
+    That is the mean over the layers, top first in `maps`, that reach there and have something to be kept in memory.
+    """
+    found = bytearray(HEAT)
+    for part in range(HEAT):
+        middle = (2 * part + 1) * size // (2 * HEAT)
+        places = [(one, middle * HEAT // one.size) for one in maps if middle < one.size]
+        shares = [one.resident[place] for one, place in places if one.there[place]]
+        found[part] = sum(shares) // len(shares) if shares else 0
+    return bytes(found)
 
 
 class Metrics:

@@ -220,3 +220,29 @@ def test_what_clients_did_over_nbd_is_counted_exactly(
     assert counts["latency_ns"] > 0
     assert (reading.connections, reading.connections_total) == (0, connections)
     assert reading.map["hits"] + reading.map["misses"] >= 999
+
+
+def test_the_maps_of_all_layers_say_together_what_is_resident(tmp_path: Path) -> None:
+    size = 512 * 64 * m.HEAT  # a part of the disk is a slice of the map
+    for name, more in (("base", {}), ("top", {"backing_file": "base", "backing_format": "qcow2"})):
+        cowslice.create(tmp_path / name, size, format="qcow2", cluster_size=512, **more)  # type: ignore[arg-type]
+    with cowslice.open(tmp_path / "base", "r+") as base:
+        base.write(size - 512, b"b" * 512)
+    with cowslice.open(tmp_path / "top", "r+") as top:
+        top.write(0, b"t" * 512)
+        top.write(size - 1024, b"t" * 512)
+    with cowslice.open(tmp_path / "top", warmup="off") as disk:
+        meter = m.Metrics().add_export("", disk.size, disk)
+        disk.read(0, 512)
+        assert meter.reading().resident[0] == 255, "nothing of the other one is there to be kept"
+        disk.read(size - 1024, 512)
+        assert meter.reading().resident[-1] == 127, "of the top one only: nobody asked the other"
+        disk.read(size - 512, 512)
+        assert meter.reading().resident[-1] == 255
+
+
+def test_a_layer_that_ends_before_the_disk_says_nothing_behind_its_end() -> None:
+    top = m.LayerMap(GIB, bytes(m.HEAT), [True] * m.HEAT)
+    found = m.residency(GIB, [top, m.LayerMap(GIB // 2, bytes([255]) * m.HEAT, [True] * m.HEAT)])
+    assert set(found[: m.HEAT // 2]) == {127}
+    assert not any(found[m.HEAT // 2 :])
