@@ -197,7 +197,7 @@ def test_a_server_is_listed(image: Path, place: str) -> None:
     (["--tls-creds", "nothing", "IMAGE"], 64, "tls-creds"),
     (["--tls-creds", "t", "--object", "tls-creds-x509,id=t", "IMAGE"], 64, "dir=PATH"),
     (["--tls-creds", "t", "--object", "tls-creds-x509,id=t,dir=/x,endpoint=client", "IMAGE"], 64, "endpoint"),
-    (["--max-request", "1", "IMAGE"], 64, "max_request"),
+    (["--max-request", "1", "IMAGE"], 64, "--max-request"),
     (["-L", "-k", "/nonexistent/socket"], 1, "/nonexistent/socket"),
 ])
 def test_what_cannot_be_is_refused_in_a_sentence(image: Path, arguments: list[str], status: int, said: str) -> None:
@@ -383,6 +383,30 @@ def test_a_backing_file_in_the_network_is_followed_where_that_is_permitted(
             os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
     finally:
         assert server.end()[0] == 0
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--max-request=1"], "--max-request is 1, expected 4 KiB to 1 GiB"),
+    (["--max-in-flight-bytes=0"], "--max-in-flight-bytes is 0, expected at least 1"),
+    (["--handshake-limit=nan"], "--handshake-limit is nan, expected 0 to"),
+    (["--idle-timeout=inf"], "--idle-timeout is inf, expected 0 to"),
+    (["-x", "\udcff"], "name of the export '\\udcff': "),
+    (["-D", "\udcff"], "-D: "),
+    (["-l", "nope"], "snapshot is 'nope', but the image has no snapshots"),
+    (["-k", ""], "-k is '', expected the path of a socket"),
+    (["--tls-creds=t", "--object=tls-creds-anon,id=t"],
+     "--object is 'tls-creds-anon', expected tls-creds-x509 or tls-creds-psk"),
+])
+def test_what_is_refused_is_named_as_it_was_typed(image: Path, place: str, arguments: list[str], said: str) -> None:
+    refused = run(*arguments, *([] if "-k" in arguments else ["-k", place]), image)
+    assert (refused.returncode, refused.stdout) == (64, "")
+    assert said in refused.stderr
+
+
+def test_an_ipv6_address_may_stand_in_brackets(image: Path) -> None:
+    server = Running("-t", "-b", "[::1]", "-p", "0", image)
+    assert server.lines[0].startswith("nbd://[::1]:")
+    assert server.end()[0] == 0
 
 
 def test_a_capture_holds_what_clients_asked(image: Path, place: str, tmp_path: Path) -> None:

@@ -14,9 +14,8 @@ import click
 from cowslice.cli import exitcodes
 from cowslice.cli.options import CACHE_MODES, Given, chain, common, image_format
 from cowslice.cli.output import exact_size, printable, say, warn
-from cowslice.cli.serving import Wanted, address, client_tls, credentials, left_out, open_exports, secrets
+from cowslice.cli.serving import Wanted, address, client_tls, credentials, left_out, limits_of, open_exports, secrets
 from cowslice.cli.termination import Ending, Terminated
-from cowslice.units import parse_size
 
 if TYPE_CHECKING:
     from cowslice.serve.listeners import Listener
@@ -77,7 +76,8 @@ Exit status: 0 ended as it should, 1 failed, 64 usage."""
               help="For a client to get ready; 0: no limit.")
 @click.option("--idle-timeout", type=click.FloatRange(0), default=0, show_default=True, metavar="SECONDS",
               help="For a client that asks nothing, or takes no answer; 0: no limit.")
-@click.option("--max-request", default="32M", show_default=True, metavar="SIZE", help="Longest read.")
+@click.option("--max-request", default="32M", show_default=True, metavar="SIZE",
+              help="Longest read or write of one request.")
 @click.option("--max-in-flight", type=click.IntRange(1), default=128, show_default=True, metavar="NUMBER",
               help="Requests of one client under way at once.")
 @click.option("--max-in-flight-bytes", default="64M", show_default=True, metavar="SIZE",
@@ -160,12 +160,8 @@ def _started(images: tuple[str, ...], wanted: Wanted, inherited: list[Listener],
 def _start(images: tuple[str, ...], wanted: Wanted, inherited: list[Listener], stack: ExitStack) -> Server:
     """Open everything and begin to listen. What is opened belongs to `stack`."""
     from cowslice.serve.server import Server
-    from cowslice.serve.transmission import Limits
 
-    limits = Limits(
-        handshake_timeout=wanted.handshake_limit, idle_timeout=wanted.idle_timeout,
-        max_request=parse_size(wanted.max_request, "--max-request"), most_requests=wanted.max_in_flight,
-        most_bytes=parse_size(wanted.max_in_flight_bytes, "--max-in-flight-bytes"), poll_max_ns=wanted.poll_max_ns)
+    limits = limits_of(wanted)
     tls = None if wanted.tls_creds is None else credentials(wanted.tls_creds, wanted.objects, endpoint="server")
     given = Given(
         format_name=wanted.format_name, image_opts=wanted.image_opts, objects=secrets(wanted.objects),

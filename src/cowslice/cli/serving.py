@@ -14,6 +14,7 @@ import click
 
 from cowslice.cli.images import open_image
 from cowslice.cli.options import Allowed, F, Given, parse_keyval, snapshot_name
+from cowslice.cli.output import printable
 from cowslice.errors import BadOption
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from cowslice.image.image import Image
     from cowslice.serve.exports import Export
     from cowslice.serve.tls import Credentials
+    from cowslice.serve.transmission import Limits
 
 MOST_SNAPSHOTS = 1000  # each one is an open image of its own
 TLS_OBJECTS = ("tls-creds-x509", "tls-creds-psk")
@@ -101,13 +103,36 @@ def address(wanted: Wanted, *, any_host: str) -> str | tuple[str, int]:
     if wanted.unix is not None:
         if wanted.host is not None or wanted.port is not None:
             raise click.UsageError("-k excludes -b and -p: a server listens in one place")
+        if not wanted.unix:
+            raise click.UsageError("-k is '', expected the path of a socket")
         return wanted.unix
-    return wanted.host or any_host, DEFAULT_PORT if wanted.port is None else wanted.port
+    host = wanted.host or any_host
+    if host.startswith("[") and host.endswith("]"):  # as URIs write IPv6 addresses
+        host = host[1:-1]
+    return host, DEFAULT_PORT if wanted.port is None else wanted.port
+
+
+def limits_of(wanted: Wanted) -> Limits:
+    """What one client may ask. Raises BadOption that names the flag."""
+    from cowslice.serve.transmission import Limits, check_limit
+    from cowslice.units import parse_size
+
+    given: dict[str, tuple[str, Any]] = {
+        "handshake_timeout": ("--handshake-limit", wanted.handshake_limit),
+        "idle_timeout": ("--idle-timeout", wanted.idle_timeout),
+        "max_request": ("--max-request", parse_size(wanted.max_request, "--max-request")),
+        "most_requests": ("--max-in-flight", wanted.max_in_flight),
+        "most_bytes": ("--max-in-flight-bytes", parse_size(wanted.max_in_flight_bytes, "--max-in-flight-bytes")),
+        "poll_max_ns": ("--poll-max-ns", wanted.poll_max_ns),
+    }
+    for field, (flag, value) in given.items():
+        check_limit(field, value, flag)
+    return Limits(**{field: value for field, (_, value) in given.items()})
 
 
 def secrets(objects: tuple[str, ...]) -> tuple[str, ...]:
     """The objects that hold passphrases of images."""
-    return tuple(text for text in objects if text.partition(",")[0] not in TLS_OBJECTS)
+    return tuple(text for text in objects if not text.startswith("tls-"))
 
 
 def credentials(wanted: str, objects: tuple[str, ...], *, endpoint: str) -> Credentials:
@@ -116,7 +141,7 @@ def credentials(wanted: str, objects: tuple[str, ...], *, endpoint: str) -> Cred
 
     for text in objects:
         kind, _, rest = text.partition(",")
-        if kind in TLS_OBJECTS:
+        if kind.startswith("tls-"):
             fields = parse_keyval(rest, "--object")
             if fields.pop("id", None) == wanted:
                 return _of_object(kind, fields, endpoint)
@@ -140,6 +165,8 @@ def client_tls(wanted: str, objects: tuple[str, ...]) -> ssl.SSLContext:
 def _of_object(kind: str, fields: dict[str, str], endpoint: str) -> Credentials:
     from cowslice.serve.tls import Certificates, PresharedKeys
 
+    if kind not in TLS_OBJECTS:
+        raise BadOption(f"--object is '{printable(kind)}', expected {' or '.join(TLS_OBJECTS)}")
     place = fields.pop("dir", None)
     if not place:
         raise BadOption(f"--object {kind} needs dir=PATH")
@@ -214,6 +241,17 @@ def _named(images: tuple[str, ...], wanted: Wanted) -> list[tuple[str, str]]:
     return named
 
 
+def check_text(flag: str, text: str) -> None:
+    """Refuse a text that the protocol cannot carry. Raises BadOption that names the flag."""
+    from cowslice.errors import LocalProtocolError
+    from cowslice.nbd.events import check_string
+
+    try:
+        check_string(text)
+    except LocalProtocolError as fault:
+        raise BadOption(f"{flag}: {fault}") from None
+
+
 def _refuse_contradictions(named: list[tuple[str, str]], wanted: Wanted) -> None:
     if len(named) > 1 and (wanted.snapshot is not None or wanted.bitmaps or wanted.description):
         raise click.UsageError("-l, -B and -D are for one image, but several are given")
@@ -221,6 +259,9 @@ def _refuse_contradictions(named: list[tuple[str, str]], wanted: Wanted) -> None
         raise click.UsageError("-l excludes -B and --all-snapshots: bitmaps belong to the disk as it is now")
     if wanted.capture is not None and (len(named) > 1 or wanted.all_snapshots):
         raise click.UsageError("--capture is of one disk, but several are given")
+    for flag, text in (*((f"name of the export '{printable(name)}'", name) for name, _ in named),
+                       ("-D", wanted.description)):
+        check_text(flag, text)
     if wanted.tls_hostname is not None:
         raise click.UsageError("--tls-hostname goes with -L only")
 

@@ -96,7 +96,7 @@ def _add(walk: _Walk, place: Place, kind: str, *, snapshot: str | None) -> None:
     walk.seen.add(identity)
     if kind == "raw":
         if snapshot is not None:
-            raise BadOption(f"snapshot is '{snapshot}', expected None: a raw file has no snapshots")
+            raise BadOption(f"snapshot is '{snapshot}', but a raw file has no snapshots")
         walk.links.append(_Link(place, None, place.storage))
         return
     file = open_file(place, snapshot)

@@ -43,9 +43,10 @@ def find_snapshot(snapshots: Sequence[Snapshot], wanted: str) -> Snapshot:
     for snapshot in snapshots:
         if snapshot.name == raw:
             return snapshot
+    if not snapshots:
+        raise BadOption(f"snapshot is '{escaped(raw)}', but the image has no snapshots")
     names = ", ".join(f"{escaped(one.id)} '{escaped(one.name)}'" for one in snapshots[:20])
-    expected = f"the id or name of one of: {names}" if names else "None: the image has no snapshots"
-    raise BadOption(f"snapshot is '{escaped(raw)}', expected {expected}")
+    raise BadOption(f"snapshot is '{escaped(raw)}', expected the id or name of one of: {names}")
 
 
 def load_snapshot_l1(storage: Storage, header: Header, snapshot: Snapshot) -> tuple[int, bytes]:

@@ -54,6 +54,8 @@ class Listener:
 
 def listen_unix(path: str | os.PathLike[str]) -> Listener:
     """Make a Unix socket. One that nobody listens on any more is replaced. Raises BadOption, StorageError."""
+    if not os.fspath(path):
+        raise BadOption("the socket has no name, expected a path")
     name = os.path.abspath(os.fspath(path))
     if len(os.fsencode(name)) > LONGEST_PATH:
         raise BadOption(f"the socket '{name}' has a path of {len(os.fsencode(name))} bytes, expected up to "

@@ -28,14 +28,24 @@ COMMAND_NAMES = {
 }  # fmt: skip
 
 
+_ENDLESS = float("inf")
+_SECONDS = (0, 1 << 30, f"0 to {1 << 30} seconds")
+_SOME = (1, _ENDLESS, "at least 1")
+RANGES = {  # least, most, and what that is in words, of each field of Limits
+    "handshake_timeout": _SECONDS, "idle_timeout": _SECONDS, "max_request": (4 * KiB, 1 << 30, "4 KiB to 1 GiB"),
+    "most_requests": _SOME, "most_bytes": _SOME, "workers": _SOME,
+    "poll_max_ns": (0, 1_000_000_000, "0 to 1000000000 nanoseconds"),
+}  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What one client may ask of a server. Times are seconds, 0 for no limit; sizes are bytes.
 
     `handshake_timeout` bounds the whole negotiation; `idle_timeout` how long a client may ask nothing, and how long it
-    may take nothing of what it asked. `max_request` is the longest read. `most_requests` and `most_bytes` may be under
-    way at once, by up to `workers` threads; a client that asks for more waits. For a client that asks one thing after
-    another a connection may wait awake, up to `poll_max_ns` nanoseconds each time. Raises BadOption.
+    may take nothing of what it asked. `max_request` is the longest read or write. `most_requests` and `most_bytes` may
+    be under way at once, by up to `workers` threads; a client that asks for more waits. For a client that asks one
+    thing after another a connection may wait awake, up to `poll_max_ns` nanoseconds each time. Raises BadOption.
     """
 
     handshake_timeout: float = 10.0
@@ -47,17 +57,15 @@ class Limits:
     poll_max_ns: int = 100_000
 
     def __post_init__(self) -> None:
-        for name in ("handshake_timeout", "idle_timeout"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1 << 30:
-                raise BadOption(f"{name} is {value}, expected 0 to {1 << 30} seconds")
-        if not 4 * KiB <= self.max_request <= 1 << 30:
-            raise BadOption(f"max_request is {self.max_request}, expected 4 KiB to 1 GiB")
-        if not 0 <= self.poll_max_ns <= 1_000_000_000:
-            raise BadOption(f"poll_max_ns is {self.poll_max_ns}, expected 0 to 1000000000 nanoseconds")
-        for name in ("most_requests", "most_bytes", "workers"):
-            if getattr(self, name) < 1:
-                raise BadOption(f"{name} is {getattr(self, name)}, expected at least 1")
+        for name in RANGES:
+            check_limit(name, getattr(self, name), name)
+
+
+def check_limit(field: str, value: float, shown: str) -> None:
+    """Refuse a value that a field of Limits cannot have, which its user knows as `shown`. Raises BadOption."""
+    least, most, expected = RANGES[field]
+    if not least <= value <= most:
+        raise BadOption(f"{shown} is {value}, expected {expected}")
 
 
 class Transmission:
