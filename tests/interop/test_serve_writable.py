@@ -65,13 +65,6 @@ def test_the_export_offers_what_a_writable_disk_can(image: Path) -> None:
     assert all(told[can] for can in ("can_flush", "can_fua", "can_trim", "can_zero", "can_multi_conn"))
 
 
-def test_a_flush_on_one_connection_covers_what_another_wrote(image: Path) -> None:
-    with served(image) as uri:
-        peers.qemu_io(uri, "write -P 5 1M 64k", image_format="raw")
-        peers.qemu_io(uri, "flush", image_format="raw")
-        assert cowslice.open(image, force_share=True).read(1 << 20, 4) == b"\5\5\5\5"
-
-
 def test_an_image_that_only_reads_is_not_served_for_writing(image: Path) -> None:
     with cowslice.open(image) as disk, pytest.raises(cowslice.BadOption, match="opened for reading only"):
         cowslice.serve(disk, unix=str(image.with_suffix(".sock")), writable=True)

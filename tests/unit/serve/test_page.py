@@ -305,3 +305,56 @@ def test_a_browser_draws_it_dark_or_light_as_is_wanted(
             f"--window-size={width},900", f"--screenshot={picture}",
         )  # fmt: skip
     assert first_pixel(picture.read_bytes()) == ground
+
+
+Box = tuple[int, int, int, int]  # top, left, height, width
+
+
+def patches(picture: Any, colour: tuple[int, int, int]) -> list[Box]:
+    """Where pixels of exactly this colour hang together, from the top left on."""
+    width = picture.width
+    left = {at for at, pixel in enumerate(zip(*[iter(picture.tobytes())] * 3, strict=True)) if pixel == colour}
+    found = []
+    while left:
+        patch, edge = [], [left.pop()]
+        while edge:
+            at = edge.pop()
+            patch.append(at)
+            near = {at - 1, at + 1, at - width, at + width} & left
+            left -= near
+            edge += near
+        rows, columns = {at // width for at in patch}, {at % width for at in patch}
+        found.append((min(rows), min(columns), len(rows), len(columns)))
+    return sorted(found)
+
+
+def numbers(cells: list[Box], height: float, width: float) -> set[int]:
+    """Which cells of a disk are painted, where the first one is, and the distance of two is known."""
+    top, left = cells[0][:2]
+    return {round((cell[0] - top) / height) * 64 + round((cell[1] - left) / width) for cell in cells}
+
+
+@needs("chromium")
+def test_a_browser_draws_where_the_disk_is_read_and_where_its_map_is_in_memory(
+    disk: cowslice.Image, tmp_path: Path
+) -> None:
+    image = pytest.importorskip("PIL.Image")
+    metrics = Metrics()
+    meter = metrics.add_export("vm", disk.size, disk)
+    meter.attach(Busy(disk.size))
+    for part in (0, 5, 200, 511):
+        disk.read(part * disk.size // HEAT, 512)
+    with MetricsServer("0", metrics) as server:
+        browse(server.url, f"--user-data-dir={tmp_path}", "--blink-settings=preferredColorScheme=1",
+               "--window-size=1100,1500", f"--screenshot={tmp_path / 'page.png'}")  # fmt: skip
+    picture = image.open(tmp_path / "page.png").convert("RGB")
+    hot = patches(picture, (0xB5, 0x48, 0x0B))
+    read = [n * HEAT // 100 for n in range(50)]
+    row = [one for one in hot if one[0] == hot[0][0]]
+    width = (row[-1][1] - row[0][1]) / read[len(row) - 1]
+    height = (hot[-1][0] - hot[0][0]) / (read[-1] // 64)
+    assert numbers(hot, height, width) == set(read)
+    # Text and curves have the same blue, but not the size of a cell.
+    blue = [one for one in patches(picture, (0x00, 0x72, 0xB2))
+            if abs(one[2] - hot[0][2]) < 2 and abs(one[3] - hot[0][3]) < 2]
+    assert numbers(blue, height, width) == {cell for cell, share in enumerate(meter.reading().resident) if share == 255}
