@@ -1,8 +1,10 @@
-"""What every test shares: the hypothesis profiles, the `needs` marker, and a last line about missing peers."""
+"""What every test shares: signals, the hypothesis profiles, the `needs` marker, a last line about missing peers."""
 
 from __future__ import annotations
 
 import os
+import signal
+import threading
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -14,6 +16,15 @@ settings.register_profile("here", deadline=None, max_examples=60, suppress_healt
 settings.register_profile("ci", settings.get_profile("here"), derandomize=True, print_blob=True)
 settings.register_profile("long", settings.get_profile("ci"), max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "here"))
+
+
+def pytest_configure() -> None:
+    """Let what the tests start heed Ctrl-C and a lost terminal: a shell makes commands in the background deaf to them."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number, heeded in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, heeded)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -165,7 +165,7 @@ def test_a_source_is_not_its_own_target(overlay: Path) -> None:
 def test_an_interrupted_copy_leaves_what_was_there(tmp_path: Path, number: signal.Signals) -> None:
     (tmp_path / "ours").write_bytes(b"old")
     with (tmp_path / "source").open("wb") as file:
-        file.truncate(64 << 30)
+        file.truncate(16 << 30)
     command = [sys.executable, "-m", "cowslice.cli.main", "convert", "-f", "raw", "-O", "qcow2", "-S", "0",
                str(tmp_path / "source"), str(tmp_path / "ours")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
