@@ -22,6 +22,7 @@ import cowslice
 from cowslice.cli import exitcodes
 from cowslice.cli.main import run
 from cowslice.cli.termination import SIGNALS
+from cowslice.image.growth import Growth
 from cowslice.ops.check import check
 from cowslice.storage import MemoryStorage
 from cowslice.storage.file import FileStorage
@@ -170,3 +171,15 @@ def test_after_ctrl_c_all_is_sound_and_the_verb_can_be_done_again(
             assert not soundness(place / "image")
             judge(case, place, content, kept)
     assert cut_off
+
+
+def test_ctrl_c_while_entries_are_made_leaks_none_of_their_clusters(tmp_path: Path) -> None:
+    cowslice.create(tmp_path / "image", SIZE, format="qcow2", cluster_size=4096)
+
+    def interrupted(growth: Growth, host: int) -> tuple[int, int]:
+        raise KeyboardInterrupt
+
+    with (cowslice.open(tmp_path / "image", "r+") as disk, patch.object(Growth, "_blank", interrupted),
+          pytest.raises(KeyboardInterrupt)):
+        disk.resize(2048 * KiB, preallocation="metadata")
+    assert not check(MemoryStorage((tmp_path / "image").read_bytes())).findings

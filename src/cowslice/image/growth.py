@@ -155,18 +155,23 @@ class Growth:
         if self.writer.planner.data_file:
             host = first << bits
             provide_space(self.layer.data, mode, host, min(count << bits, self.layer.size - host))
+            words = self._blanks(host, count)
         else:
             start, count = self.tables.allocator.take(count)
             host = start << bits
             try:
                 self.layer.storage.zero(host, count << bits)
                 provide_space(self.layer.storage, mode, host, count << bits)
+                words = self._blanks(host, count)  # here: it takes a while, in which Ctrl-C may come
             except BaseException:
                 self.tables.allocator.give_back(start, count)
                 raise
-        words = [self._blank(host + (n << bits)) for n in range(count)]
-        self.tables.slices.store(first, self.writer.packed(words))
+        self.tables.slices.store(first, words)
         return count
+
+    def _blanks(self, host: int, count: int) -> bytes:
+        """The entries of so many clusters in a row, as the map stores them."""
+        return self.writer.packed([self._blank(host + (n << self._geometry.cluster_bits)) for n in range(count)])
 
     def _blank(self, host: int) -> tuple[int, int]:
         """The entry of a cluster whose host bytes are zeros: of an encrypted image they are not what is read."""
