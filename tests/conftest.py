@@ -19,7 +19,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.enviro
 
 
 def pytest_configure() -> None:
-    """Let what the tests start heed Ctrl-C and a lost terminal: a shell makes commands in the background deaf to them."""
+    """Let what the tests start heed Ctrl-C and a lost terminal: commands in a shell's background are deaf to them."""
     if threading.current_thread() is not threading.main_thread():
         return
     for number, heeded in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
