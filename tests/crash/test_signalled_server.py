@@ -60,8 +60,8 @@ class Client:
 def serve(image: Path, socket: Path) -> Iterator[subprocess.Popen[str]]:
     command = (sys.executable, "-m", "cowslice.cli.main", "serve", "-t", "-e", "0", "--writable", "-k", socket, image)
     with subprocess.Popen(
-        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(INT, signal.SIG_DFL)) as server:  # a shell's background ignores it
+        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
         try:
             assert server.stdout is not None
             assert server.stdout.readline().startswith("nbd+unix")

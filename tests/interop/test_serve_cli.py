@@ -42,19 +42,12 @@ def place() -> Iterator[str]:
     assert not os.path.lexists(name), "the socket's file is left"
 
 
-def heed_signals() -> None:
-    """Undo what a shell does to commands in the background: they, and all that they start, ignore Ctrl-C."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
 class Running:
     """A server in a process of its own, once it has said where it listens. `lines` are what it printed."""
 
     def __init__(self, *arguments: object, lines: int = 1) -> None:
         self.process = subprocess.Popen(
-            [*SERVE, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            preexec_fn=heed_signals)
+            [*SERVE, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.lines = [self.process.stdout.readline().rstrip() for _ in range(lines)]
 
