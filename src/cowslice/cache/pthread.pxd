@@ -1,5 +1,7 @@
 """Locks and conditions of threads that run without the GIL. Whoever holds one never waits for the GIL."""
 
+from libc.stdint cimport uint64_t
+
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:
         pass
@@ -14,3 +16,4 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_wait(pthread_cond_t *, pthread_mutex_t *)
     int pthread_cond_signal(pthread_cond_t *)
     int pthread_cond_broadcast(pthread_cond_t *)
+    uint64_t pthread_self()

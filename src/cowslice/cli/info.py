@@ -7,19 +7,10 @@ from typing import TYPE_CHECKING
 import click
 
 from cowslice.cli import exitcodes
-from cowslice.cli.options import (
-    HOW_TO_PERMIT,
-    Allowed,
-    Given,
-    chain,
-    common,
-    file_options,
-    image_format,
-    name_image,
-    output_format,
-)
+from cowslice.cli.images import explained
+from cowslice.cli.options import Allowed, Given, chain, common, file_options, image_format, name_image, output_format
 from cowslice.cli.output import complain, say, say_json
-from cowslice.errors import BadOption, ReferenceRefused
+from cowslice.errors import BadOption
 
 if TYPE_CHECKING:
     from cowslice.cli.options import FileOptions
@@ -85,11 +76,8 @@ def _chain(name: str, options: FileOptions, given: Given) -> list[ImageFacts]:
     from cowslice.ops.infochain import inspect_chain
 
     gate = given.allowed.gate()
-    try:
+    with explained():
         return inspect_chain(name, gate, format_name=options.format_name, force_share=options.force_share)
-    except ReferenceRefused as error:
-        error.hint = HOW_TO_PERMIT
-        raise
 
 
 def _status(found: list[ImageFacts]) -> int:

@@ -14,12 +14,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cowslice.format.entries import COMPRESSED, COPIED, L2_OFFSET_MASK, ZERO, l2_table_offset
-from cowslice.format.header import CryptMethod
 from cowslice.format.words import unpack_words
 from cowslice.image.hosttree import tables_of
 from cowslice.image.roots import alone
 from cowslice.image.snapshots import check_usable, load_snapshots, read_l1
-from cowslice.units import SECTOR
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -146,10 +144,9 @@ class _Expansion:
         if layer.cipher is None:
             layer.storage.zero(start << self._bits, len(guests) << self._bits)
             return
-        luks = layer.first.header.crypt_method == CryptMethod.LUKS
         for number, guest in enumerate(guests.tolist()):
             host = start + number << self._bits
-            sector = (host if luks else guest << self._bits) // SECTOR
+            sector = layer.sector_number(host, guest << self._bits)
             layer.storage.pwrite(host, layer.cipher.encrypt(sector, bytes(size)))
 
     def _let_go(self, some: Tables, hosts: Numbers) -> None:

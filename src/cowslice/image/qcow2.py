@@ -204,10 +204,14 @@ class Qcow2Layer(Layer):
             raise CryptoError(f"'{shown(self.name)}' is encrypted and was opened without its secret")
         self._fill_encrypted(piece, buffer, self.cipher)
 
+    def sector_number(self, host: int, guest: int) -> int:
+        """The number, to the cipher, of the sector whose first byte lies at `host` and is the guest's at `guest`."""
+        return (host if self._luks else guest) // SECTOR
+
     def _fill_encrypted(self, piece: Piece, buffer: memoryview, cipher: SectorCipher) -> None:
         """Read the whole sectors around the piece; guest and host offsets agree modulo a sector."""
         skew = piece.start % SECTOR
         length = round_up(skew + piece.length, SECTOR)
-        first = ((piece.host if self._luks else piece.start) - skew) // SECTOR
+        first = self.sector_number(piece.host - skew, piece.start - skew)
         plain = cipher.decrypt(first, self.data.read(piece.host - skew, length))
         buffer[:] = plain[skew : skew + piece.length]

@@ -8,8 +8,9 @@ written where the requests are missing. A Recorder outlives its captures, so tha
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
+from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
 
+from cowslice.cache.clock cimport now_ns
 from cowslice.cache.pthread cimport (
     pthread_cond_destroy, pthread_cond_init, pthread_cond_signal, pthread_cond_t, pthread_cond_wait, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock)
@@ -34,12 +35,6 @@ cdef enum:
     END = 1
 
 cdef uint64_t FAR = <uint64_t> 1 << 31  # microseconds between records, from which on their low bits could mislead
-
-
-cdef inline uint64_t now_ns() noexcept nogil:
-    cdef timespec t
-    clock_gettime(CLOCK_MONOTONIC, &t)
-    return <uint64_t> t.tv_sec * 1_000_000_000 + t.tv_nsec
 
 
 cdef class Recorder:

@@ -307,8 +307,7 @@ class Writer:
             return
         if cipher is None:
             raise RequestError(f"'{self.layer.name}' is encrypted and was opened without its secret")
-        luks = self.layer.first.header.crypt_method == CryptMethod.LUKS
-        self.layer.data.pwrite(host, cipher.encrypt((host if luks else guest) // SECTOR, view))
+        self.layer.data.pwrite(host, cipher.encrypt(self.layer.sector_number(host, guest), view))
 
     def _put_plain(self, host: int, view: memoryview) -> None:
         """Long runs are copied on all cores: the kernel's copy is what they cost."""

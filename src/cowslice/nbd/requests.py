@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from cowslice.nbd.events import Request, Session
 from cowslice.nbd.wire import Command, CommandFlag, ExportFlag, Mode, NbdError
 
-_WRITES = frozenset((Command.WRITE, Command.TRIM, Command.WRITE_ZEROES))
+CHANGES = frozenset((Command.WRITE, Command.TRIM, Command.WRITE_ZEROES))
 _SPANLESS = frozenset((Command.FLUSH, Command.DISC))
 _KNOWN = frozenset(int(command) for command in Command)
 
@@ -60,7 +60,7 @@ def _fault_of_command(session: Session, request: Request) -> Fault | None:
     command = request.command
     if command not in _KNOWN:
         return _invalid(f"command {command} is not known")
-    if command in _WRITES and session.flags & ExportFlag.READ_ONLY:
+    if command in CHANGES and session.flags & ExportFlag.READ_ONLY:
         return Fault(NbdError.EPERM, "the export is read-only")
     needed = _NEEDS.get(command)
     if needed is not None and not session.flags & needed:

@@ -12,6 +12,7 @@ from cowslice.errors import Closed, CowsliceError, CryptoError, ImageError, Stor
 from cowslice.nbd.buffer import Bytes
 from cowslice.nbd.events import BadRequest, Request, Session
 from cowslice.nbd.replies import Data, Hole, Replies
+from cowslice.nbd.requests import CHANGES
 from cowslice.nbd.wire import Command, CommandFlag, Mode, NbdError, error_from_errno
 from cowslice.serve.exports import Export
 from cowslice.units import KiB, MiB
@@ -21,7 +22,6 @@ SHORTEST_HOLE = 4 * KiB  # a shorter run of zeros costs both sides less as data
 MOST_EXTENTS = 1 << 14  # in one block status, over all its contexts: a client asks on from where it ends
 MOST_CACHED = 32 * MiB  # what one CACHE reads ahead; it is only a hint
 MOST_TOLD = 16  # faults reported of one connection: a client must not fill the log
-CHANGES = (Command.WRITE, Command.TRIM, Command.WRITE_ZEROES)
 
 Answer = tuple[Sequence[Bytes], bool]  # what to send, and whether it says that the request failed
 

@@ -48,7 +48,6 @@ class CompiledTransmission:
         self._session = session
         self._answers = answers
         self._counters = counters
-        self._refusing = False
         self._workers = Workers(limits.workers, name)
         self._loop = Loop(
             stream.fileno(), fast, mode=session.mode, size=session.size,
@@ -74,7 +73,6 @@ class CompiledTransmission:
 
     def refuse(self) -> None:
         """Answer what comes from now on with ESHUTDOWN, what has come before as ever. Any thread may call."""
-        self._refusing = True
         self._loop.refuse()
 
     def counters(self) -> Counts:
@@ -87,7 +85,7 @@ class CompiledTransmission:
               cost: int) -> None:
         """Judge a request, and answer it here or leave it to a worker."""
         request = judged(self._session, command, flags, cookie, offset, length, payload)
-        if self._refusing and self._loop.is_home():
+        if self._loop.refusing and self._loop.is_home():
             request = refused(request)
         serve = partial(self._serve, request, arrived, cost)
         if is_long(request, self._answers) and self._loop.is_home():

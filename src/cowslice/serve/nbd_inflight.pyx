@@ -9,11 +9,11 @@ from libc.errno cimport EINTR, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
+from cowslice.cache.clock cimport now_ns
 from cowslice.cache.pthread cimport (
     pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_signal, pthread_cond_wait, pthread_mutex_destroy,
-    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock)
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_self)
 from cowslice.image.hostread cimport read_at_once
 from cowslice.image.recorder cimport ASKED_READ, ASKED_WRITE, record
 from cowslice.image.translation cimport Target
@@ -22,9 +22,6 @@ from cowslice.serve.nbd_frames cimport BLOCK_STATUS, CACHE, FUA, READ, WRITE, Ar
 from cowslice.serve.nbd_tally cimport Tally, count_read, count_write, describe
 
 import threading
-
-cdef extern from "<pthread.h>" nogil:
-    uint64_t pthread_self()
 
 cdef extern from "<sys/socket.h>" nogil:
     int MSG_NOSIGNAL
@@ -38,12 +35,6 @@ cdef enum:
 cdef enum:  # bytes that a request holds, as transmission.cost_of has them
     STATUS_COST = 256 << 10
     CACHE_COST = 1 << 20
-
-
-cdef inline uint64_t now_ns() noexcept nogil:
-    cdef timespec t
-    clock_gettime(CLOCK_MONOTONIC, &t)
-    return <uint64_t> t.tv_sec * 1_000_000_000 + t.tv_nsec
 
 
 cdef inline uint64_t cost_of(const Ask *ask, uint64_t payload_size, uint64_t max_request) noexcept nogil:

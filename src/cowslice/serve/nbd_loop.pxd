@@ -13,7 +13,7 @@ cdef enum:
 cdef class Loop(InFlight):
     cdef bint writable          # the client may write
     cdef bint writethrough      # what it writes must be stable before it is answered
-    cdef bint refusing          # whatever comes from now on
+    cdef readonly bint refusing          # whatever comes from now on
     cdef bint direct            # each write waits for the device
     cdef Vigil vigil
     cdef uint64_t piece         # bytes of data that are sent at once

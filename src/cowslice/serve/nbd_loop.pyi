@@ -8,6 +8,7 @@ ENDS: Final[tuple[str, ...]]
 
 class Loop(InFlight):
     room: int
+    refusing: bool
     def __init__(
         self,
         descriptor: int,

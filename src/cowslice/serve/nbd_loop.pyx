@@ -11,9 +11,9 @@ from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memmove
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
-from cowslice.cache.pthread cimport pthread_mutex_lock, pthread_mutex_unlock
+from cowslice.cache.clock cimport now_ns
+from cowslice.cache.pthread cimport pthread_mutex_lock, pthread_mutex_unlock, pthread_self
 from cowslice.image.fastpath cimport FastPath
 from cowslice.image.recorder cimport ASKED_READ, record
 from cowslice.image.translation cimport Target
@@ -25,9 +25,6 @@ from cowslice.serve.nbd_waiting cimport await_bytes, gather, take_owed
 
 from cowslice.errors import Closed
 from cowslice.processors import cores
-
-cdef extern from "<pthread.h>" nogil:
-    uint64_t pthread_self()
 
 cdef enum:
     ROOM = 256 << 10            # bytes that one recv may bring
@@ -42,12 +39,6 @@ cdef enum:  # why a transmission ended: places in ENDS
     GOES_ON, DISCONNECTED, VANISHED, GARBAGE, IDLE, BROKEN, NO_MEMORY
 
 ENDS = ("", "disconnected", "vanished", "garbage", "idle", "broken", "no memory")
-
-
-cdef inline uint64_t now_ns() noexcept nogil:
-    cdef timespec t
-    clock_gettime(CLOCK_MONOTONIC, &t)
-    return <uint64_t> t.tv_sec * 1_000_000_000 + t.tv_nsec
 
 
 cdef class Loop(InFlight):

@@ -8,7 +8,8 @@ awake, one processor is always left to others, and who is wanted elsewhere sleep
 
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint8_t, uint64_t
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+from cowslice.cache.clock cimport now_ns
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
@@ -33,12 +34,6 @@ cdef enum:
     LONE = 56               # bytes of two requests: less is one
     LOOKS = 4               # between two yields
     LATE = 20_000           # nanoseconds: a processor that comes back later from a yield is wanted by somebody else
-
-
-cdef inline uint64_t now_ns() noexcept nogil:
-    cdef timespec t
-    clock_gettime(CLOCK_MONOTONIC, &t)
-    return <uint64_t> t.tv_sec * 1_000_000_000 + t.tv_nsec
 
 
 cdef ssize_t await_bytes(Vigil *vigil, int fd, uint8_t *buffer, uint64_t room) noexcept nogil:

@@ -23,7 +23,7 @@ from cowslice.serve.transmission import Limits
 from cowslice.storage import FileStorage
 from cowslice.storage.wrappers import WrappedStorage
 from cowslice.testing.faults import Fault, FaultyStorage, HeldStorage
-from tests.unit.serve.rawclient import PATIENCE, WAYS, Wired, model, wired
+from tests.unit.serve.rawclient import PATIENCE, WAYS, RawClient, Wired, model, wired
 
 K = 1 << 16
 CELLS = "NNZ.CNNN" + "." * 40
@@ -166,27 +166,28 @@ def counts_of(counts: Counts) -> tuple[int, int, int, int, int]:
 # -- time --------------------------------------------------------------------------------------------------------------
 
 
+def read_slowly(client: RawClient, held: HeldStorage, seconds: float) -> bytes:
+    """The first 512 bytes, which the storage keeps back for so long."""
+    held.hold()
+    slow = client.ask(Command.READ, 0, 512)
+    held.wait_for(1)
+    time.sleep(seconds)
+    held.release()
+    return client.collect(slow).data
+
+
 def test_a_slow_answer_is_no_idleness(path: Path, way: str) -> None:
     with held_disk(path) as (held, disk), wired(disk, way=way, limits=Limits(idle_timeout=0.2)) as wire:
         client = wire.client()
-        held.hold()
-        slow = client.ask(Command.READ, 0, 512)
-        held.wait_for(1)
-        time.sleep(0.5)
-        held.release()
-        assert client.collect(slow).data == CONTENT[:512]
+        assert read_slowly(client, held, 0.5) == CONTENT[:512]
         assert client.read(K, 9).data == CONTENT[K : K + 9], "the connection goes on"
 
 
 def test_a_client_has_all_its_time_again_after_a_slow_answer(path: Path, way: str) -> None:
     with held_disk(path) as (held, disk), wired(disk, way=way, limits=Limits(idle_timeout=0.6)) as wire:
         client = wire.client()
-        held.hold()
-        slow = client.ask(Command.READ, 0, 512)
-        held.wait_for(1)
-        time.sleep(0.9)  # the limit is met once while it waits for us, and next 0.3 seconds after the answer
-        held.release()
-        assert client.collect(slow).data == CONTENT[:512]
+        # The limit is met once while it waits for us, and next 0.3 seconds after the answer.
+        assert read_slowly(client, held, 0.9) == CONTENT[:512]
         time.sleep(0.4)
         assert client.read(K, 9).data == CONTENT[K : K + 9]
 

@@ -9,7 +9,8 @@ from libc.errno cimport EAGAIN, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memmove
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+from cowslice.cache.clock cimport now_ns
 
 cdef extern from *:
     uint32_t bswap32 "__builtin_bswap32"(uint32_t) nogil
@@ -132,12 +133,6 @@ cdef bint send_all(int fd, const uint8_t *data, uint64_t size) noexcept nogil:
             return False
         done += sent
     return True
-
-
-cdef uint64_t now_ns() noexcept nogil:
-    cdef timespec t
-    clock_gettime(CLOCK_MONOTONIC, &t)
-    return <uint64_t> t.tv_sec * 1_000_000_000 + t.tv_nsec
 
 
 cdef ssize_t receive(int fd, uint8_t *buffer, uint64_t room, Habit *habit) noexcept nogil:
