@@ -118,6 +118,7 @@ class Connection:
         self._refuse = handshake.shut_down
         while True:
             event = handshake.next_event()
+            self.negotiated = isinstance(event, Negotiated)  # before the client hears it: from then on it counts
             self._stream.set_deadline(deadline)
             self._stream.send([handshake.data_to_send()])
             if isinstance(event, Negotiated):
@@ -143,7 +144,6 @@ class Connection:
         stream.shake_hands(deadline)
 
     def _transmit(self, agreed: Negotiated, leftover: bytes) -> None:
-        self.negotiated = True
         export = self._service.exports[agreed.session.name]
         limits = self._service.limits
         answers = Answers(export, agreed.session, self._tell)

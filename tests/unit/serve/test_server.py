@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,11 +19,12 @@ from cowslice.nbd.wire import Command, CommandFlag, ExportFlag
 from cowslice.serve.exports import Export
 from cowslice.serve.listeners import activated, adopted, listen_tcp, listen_unix
 from cowslice.serve.server import Server, serve
+from cowslice.serve.stream import Stream
 from cowslice.serve.tls import Certificates
 from cowslice.serve.transmission import Limits
 from cowslice.storage import FileStorage
 from cowslice.testing.faults import HeldStorage
-from tests.unit.serve.rawclient import PATIENCE, RawClient, connect, connected_to, model
+from tests.unit.serve.rawclient import PATIENCE, RawClient, connect, connected_to, model, wired
 
 K = 1 << 16
 IMAGE = model("NNZ.NNNN")
@@ -118,6 +119,20 @@ def test_more_clients_than_allowed_wait_for_their_turn(disk: cowslice.Image, pla
         first.socket.close()
         second.join(PATIENCE)
         assert came[0].read(0, 3).data == CONTENT[:3]
+
+
+def test_a_client_counts_before_it_hears_of_it(disk: cowslice.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a server that serves once could end under a client that has just come."""
+    counted: list[bool] = []
+    with wired(disk) as wire:
+        def send(stream: Stream, parts: Sequence[bytes]) -> None:
+            counted.append(wire.connection.negotiated)
+            plain(stream, parts)
+
+        plain = Stream.send
+        monkeypatch.setattr(Stream, "send", send)
+        wire.client()
+        assert counted[-1]
 
 
 def test_one_that_serves_once_ends_with_its_last_client(disk: cowslice.Image, place: str) -> None:
